@@ -1,0 +1,81 @@
+"""Film bytes to prepared images: one interface, several backends.
+
+Every backend is a ``Decoder``: films (bytes or paths) in; ``Decoded`` out. The pixel rule of a backend stands in the
+store's manifest, and stores of different rules do not mix. This package never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+Film = bytes | str | Path
+
+PIXEL_RULE = "pillow-bilinear"
+"""Pillow's ``convert("L")`` (16-bit samples: the high byte), then ``resize((S, S), BILINEAR)``, bit for bit."""
+
+MIN_SIZE, MAX_SIZE = 8, 4096
+"""The sizes S that a film can be prepared at, in pixels."""
+
+
+class Code(IntEnum):
+    """How the decoding of one film ended."""
+
+    OK = 0
+    CORRUPT = 1  # the file is broken: it says where and how
+    UNSUPPORTED = 2  # the file is not PNG, or valid PNG that this backend leaves to Pillow
+    TOO_LARGE = 3  # a limit was reached before anything was allocated
+
+
+@dataclass(frozen=True)
+class Status:
+    """The end of one film: its code, one clause that says what is wrong, and the byte at which it was seen (or -1)."""
+
+    code: Code = Code.OK
+    message: str = ""
+    offset: int = -1
+
+    @property
+    def ok(self) -> bool:
+        return self.code == Code.OK
+
+    def __str__(self) -> str:
+        if self.ok:
+            return "ok"
+        where = f" at byte {self.offset}" if self.offset >= 0 else ""
+        return f"{self.code.name.lower()}: {self.message}{where}"
+
+
+class Decoded(NamedTuple):
+    """A decoded batch of N films."""
+
+    images: np.ndarray  # uint8 (N, S, S); a row whose status is not ok is all zeros
+    statuses: list[Status]  # N
+    pixel_sum: np.ndarray  # int64 (N,), sum of the row's pixels; 0 where not ok
+    pixel_sumsq: np.ndarray  # int64 (N,), sum of their squares
+
+
+class Decoder(Protocol):
+    """What prep asks of a backend. Used as a context manager; one thread calls it at a time."""
+
+    name: str
+    pixel_rule: str
+
+    def decode_resize(self, films: Sequence[Film], size: int, out: np.ndarray | None = None) -> Decoded:
+        """Decode N films to grey and resize them to (size, size). A bad film never raises: its status says why.
+
+        Args:
+            films: N PNG files, as bytes or as paths.
+            size: S, the side of the prepared image in pixels.
+            out: uint8 (N, S, S), C-contiguous, written in place and returned as ``images``; made when absent.
+        """
+        ...
+
+    def __enter__(self) -> Decoder: ...
+
+    def __exit__(self, *exc: object) -> None: ...

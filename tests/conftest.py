@@ -1,0 +1,37 @@
+"""Fixtures that several test files share: where the real films are, and the rules of the markers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("CXRFAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with the real films and oracles; the test skips where it is absent."""
+    if not (DATA / "nih" / "images").is_dir():
+        pytest.skip(f"real films are not at {DATA}; set CXRFAST_DATA to their folder")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def films(data: Path) -> list[Path]:
+    """The 203 original NIH films and the 8 re-encoded ones, sorted."""
+    return sorted((data / "nih" / "images").glob("*.png")) + sorted((data / "nih" / "images_reencoded").glob("*.png"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`gpu` tests skip without a CUDA device, and fail instead where CXRFAST_REQUIRE_GPU=1."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+        if os.environ.get("CXRFAST_REQUIRE_GPU") == "1":
+            pytest.fail(f"{reason}, and CXRFAST_REQUIRE_GPU=1")
+        pytest.skip(reason)
