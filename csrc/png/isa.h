@@ -1,0 +1,30 @@
+// isa.h - which instruction sets the decoder may use.
+//
+// Every level gives the same bits; a level only changes speed. The level is chosen once per call and handed down as a
+// value, so that a test can run all of them in one process.
+#pragma once
+
+#include <cstdint>
+
+namespace cxrfast::png {
+
+enum class Isa : uint8_t {
+  kPortable = 0,  // plain C++: any CPU, arm64 included
+  kAvx2 = 1,      // AVX2, BMI1, BMI2, PCLMULQDQ
+  kAvx512 = 2,    // kAvx2 and AVX-512 F, BW, DQ, VL, VBMI, VNNI
+};
+
+// The highest level that this CPU and operating system run.
+Isa cpu_isa();
+
+// cpu_isa(), lowered by the environment variable CXRFAST_ISA=portable|avx2|avx512. A name that is not known, or a level
+// that the CPU has not, changes nothing. Reads the environment at every call; not safe beside a setenv in another thread.
+Isa best_isa();
+
+// "portable", "avx2" or "avx512".
+const char* isa_name(Isa isa);
+
+// The level of that name; false where there is none.
+bool isa_from_name(const char* name, Isa* isa_ret);
+
+}  // namespace cxrfast::png
