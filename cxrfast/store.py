@@ -225,9 +225,7 @@ class StoreWriter:
     def append(self, entries: list[Entry], images: np.ndarray) -> None:
         """Add films in the plan's order: N entries, and uint8 (M, S, S) for the M accepted ones among them."""
         if len(images) != sum(entry.accepted for entry in entries) or images.dtype != np.uint8:
-            raise ValueError(
-                f"images must be uint8, one for each accepted entry, got {images.dtype} {images.shape}"
-            )
+            raise ValueError(f"images must be uint8, one for each accepted entry, got {images.dtype} {images.shape}")
         self._images.write(np.ascontiguousarray(images).data)
         self._pending += entries
 
@@ -300,9 +298,7 @@ class StoreWriter:
                     return
                 begun = json.loads(first)["identity"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.path} cannot be read as a store ({error}); choose another folder"
-            ) from error
+            raise InputError(f"{self.path} cannot be read as a store ({error}); choose another folder") from error
         for key, value in self._identity.items():
             if begun.get(key) != value:
                 raise InputError(
@@ -366,9 +362,7 @@ def _lock(journal: BinaryIO, path: Path) -> None:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         journal.close()
-        raise InputError(
-            f"{path} is being written by another cxrfast-prep; wait for it, or stop it"
-        ) from None
+        raise InputError(f"{path} is being written by another cxrfast-prep; wait for it, or stop it") from None
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
@@ -380,9 +374,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
     )
     header = buffer.getvalue()
     if len(header) != _HEADER_NBYTES:
-        raise ValueError(
-            f"an .npy header of {len(header)} bytes for shape {shape}, expected {_HEADER_NBYTES}"
-        )
+        raise ValueError(f"an .npy header of {len(header)} bytes for shape {shape}, expected {_HEADER_NBYTES}")
     return header
 
 

@@ -47,9 +47,7 @@ def run(
         return _fail(prog, "memory ran out; repeat the command with less at a time to go on", 3)
     except OSError as error:
         resource = error.errno in _RESOURCE_ERRNOS
-        hint = (
-            "free some and repeat the command to go on" if resource else "check the path and its permissions"
-        )
+        hint = "free some and repeat the command to go on" if resource else "check the path and its permissions"
         where = f" ({error.filename})" if error.filename else ""
         return _fail(prog, f"{error.strerror or error}{where}; {hint}", 3 if resource else 2)
     except KeyboardInterrupt:
