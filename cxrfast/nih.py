@@ -1,6 +1,23 @@
-"""The conventions of NIH ChestX-ray14: classes, spellings, metadata generations, official lists, published totals."""
+"""NIH ChestX-ray14's conventions: classes, spellings, metadata generations, official lists, published totals.
+
+Every table that leaves this file has one row per film and the columns ``TABLE_COLUMNS``, whichever generation of
+the CSV it came from. Values that cannot be true become missing, and each such repair is named; what cannot be
+understood is an ``InputError``. Where films lie on disk is not known here (sources.py), nor which of them are
+there (prep.py).
+"""
 
 from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import InputError
 
 CLASSES: tuple[str, ...] = (
     "Atelectasis",
@@ -19,3 +36,338 @@ CLASSES: tuple[str, ...] = (
     "Hernia",
 )
 """The 14 findings in the paper's order; every label column, target and AUC follows it."""
+
+NO_FINDING = "No Finding"
+
+TABLE_COLUMNS: tuple[str, ...] = ("file", "patient", "age", "sex", "view", "follow_up", *CLASSES)
+
+MAX_AGE = 100.0
+"""Years. The 2017 CSVs hold 16 impossible ages, 148–155 and 411–414; v2020, corrected, ends at 95."""
+
+PUBLISHED_TOTALS: dict[str, int] = {
+    "images": 112_120,
+    "patients": 30_805,
+    NO_FINDING: 60_361,
+    "Atelectasis": 11_559,
+    "Cardiomegaly": 2_776,
+    "Effusion": 13_317,
+    "Infiltration": 19_894,
+    "Mass": 5_782,
+    "Nodule": 6_331,
+    "Pneumonia": 1_431,
+    "Pneumothorax": 5_302,
+    "Consolidation": 4_667,
+    "Edema": 2_303,
+    "Emphysema": 2_516,
+    "Fibrosis": 1_686,
+    "Pleural_Thickening": 3_385,
+    "Hernia": 227,
+    "M": 63_340,
+    "F": 48_780,
+    "PA": 67_310,
+    "AP": 44_810,
+}
+"""What the complete v2020 CSV adds up to (NIH's own figures)."""
+
+TRAIN_LIST = "train_val_list.txt"
+TEST_LIST = "test_list.txt"
+
+# Column of the table -> its names in the CSVs, the usual one first.
+_CSV_COLUMNS: dict[str, tuple[str, ...]] = {
+    "file": ("Image Index",),
+    "labels": ("Finding Labels",),
+    "follow_up": ("Follow-up #",),
+    "patient": ("Patient ID",),
+    "age": ("Patient Age",),
+    "sex": ("Patient Gender", "Patient Sex"),
+    "view": ("View Position",),
+}
+
+# Spellings that circulate besides the CSV's own (papers, BBox list, Kaggle's sample).
+_SPELLINGS = {
+    "Infiltrate": "Infiltration",
+    "Pleural Thickening": "Pleural_Thickening",
+    "No_Finding": NO_FINDING,
+}
+
+_AGE = re.compile(r"(-?\d+(?:\.\d+)?)\s*([YMWD]?)", re.IGNORECASE)
+_YEARS_PER_UNIT = {
+    "": 1.0,
+    "Y": 1.0,
+    "M": 1 / 12,
+    "W": 7 / 365.25,
+    "D": 1 / 365.25,
+}  # the units of DICOM's AS
+
+_NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """One CSV, read.
+
+    Attributes:
+        table: one row per film in the CSV's order, columns ``TABLE_COLUMNS``: file str; patient int64; age float64
+            in years, NaN = unknown; sex "M", "F" or "" = unknown; view "PA", "AP" or ""; follow_up float64; the 14
+            classes float32: 1, 0 or NaN = unknown.
+        generation: whose layout the CSV has: "2017-09", "2017-11", "v2020" or "kaggle-sample".
+        repairs: how many values were repaired, by kind ("age", "sex", "view", "label spelling"); absent = none.
+        film_repairs: file -> what was set to missing in its row, one phrase. Spellings lose nothing: not in here.
+    """
+
+    table: pd.DataFrame
+    generation: str
+    repairs: dict[str, int]
+    film_repairs: dict[str, str]
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """Read any generation of ``Data_Entry_2017*.csv``, or Kaggle's ``sample_labels.csv``.
+
+    Raises:
+        InputError: not readable, empty, another data set's CSV, a column is missing, a file is named twice, a
+            label is unknown, ``No Finding`` stands beside a finding, or a patient id is no number or contradicts
+            the file's name.
+    """
+    path = Path(path)
+    raw, header = _read_csv(path)
+    columns = _match_columns(path, header)
+    raw = raw.rename(columns={header_name: name for name, header_name in columns.items()})
+    raw = raw[list(columns)]
+    if raw.empty:
+        raise InputError(f"{path} has a header but no rows; give the CSV that came with the films")
+
+    file = raw["file"]
+    if (file == "").any():
+        raise InputError(f"{path}: row {_row(file == '')} names no file")
+    if file.duplicated().any():
+        repeated = file[file.duplicated()]
+        raise InputError(f"{path} names {repeated.iloc[0]} more than once ({len(repeated)} rows too many)")
+
+    patient = _read_patients(path, raw["patient"], file)
+    labels, respelled = _read_labels(path, raw["labels"])
+    age, age_repairs = _read_ages(raw["age"])
+    sex, sex_repairs = _read_codes(raw["sex"], {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}, "sex")
+    view, view_repairs = _read_codes(raw["view"], {"PA": "PA", "AP": "AP"}, "view")
+    follow_up = pd.to_numeric(raw["follow_up"], errors="coerce").astype(np.float64)
+
+    notes: dict[int, list[str]] = {}
+    for repairs in (age_repairs, sex_repairs, view_repairs):
+        for row, note in repairs.items():
+            notes.setdefault(row, []).append(note)
+    counts = {
+        "age": len(age_repairs),
+        "sex": len(sex_repairs),
+        "view": len(view_repairs),
+        "label spelling": respelled,
+    }
+    table = pd.DataFrame(
+        {"file": file, "patient": patient, "age": age, "sex": sex, "view": view, "follow_up": follow_up}
+    )
+    return Metadata(
+        table=pd.concat([table, labels], axis=1),
+        generation=_generation(header, raw["age"]),
+        repairs={kind: count for kind, count in counts.items() if count},
+        film_repairs={file.iloc[row]: "; ".join(notes[row]) for row in sorted(notes)},
+    )
+
+
+def check_totals(table: pd.DataFrame) -> list[str]:
+    """How the table differs from the complete, published v2020 set: a phrase per total; none = it is that set."""
+    findings = table[list(CLASSES)]
+    found = {
+        "images": len(table),
+        "patients": int(table["patient"].nunique()),
+        NO_FINDING: int((findings == 0).all(axis=1).sum()),
+        **{name: int(findings[name].sum()) for name in CLASSES},
+        **{sex: int((table["sex"] == sex).sum()) for sex in ("M", "F")},
+        **{view: int((table["view"] == view).sum()) for view in ("PA", "AP")},
+    }
+    return [
+        f"{name}: {found[name]:,} instead of {published:,}"
+        for name, published in PUBLISHED_TOTALS.items()
+        if found[name] != published
+    ]
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Read a split list, one file name a line; the official ones end without a newline, other copies have CRLF.
+
+    Raises:
+        InputError: not readable, empty, a line that holds more than a file name, or a name given twice.
+    """
+    path = Path(path)
+    names = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path} names no film; it must hold one file name a line")
+    for name in names:
+        if len(name.split()) > 1 or "," in name:
+            raise InputError(
+                f"{path}: {name[:60]!r} is not a file name; the list must hold one file name a line"
+            )
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        repeated = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise InputError(f"{path} names {repeated} more than once")
+    return names
+
+
+def read_boxes(path: str | Path) -> pd.DataFrame:
+    """Read ``BBox_List_2017.csv``: columns file, label (of ``CLASSES``), x, y, w, h (float64, 1024-pixel frame).
+
+    Raises:
+        InputError: not readable, not that list, an unknown label, or a box that is not four numbers.
+    """
+    path = Path(path)
+    raw, header = _read_csv(path)
+    if header[:3] != ["Image Index", "Finding Label", "Bbox [x"]:
+        raise InputError(f"{path} is not a BBox list; its header begins with {', '.join(header[:3])!r}")
+    # The header has nine fields, "Bbox [x,y,w,h]" and three empty ones, over six fields of data.
+    boxes = raw.iloc[:, :6].set_axis(["file", "label", "x", "y", "w", "h"], axis=1)
+    label = boxes["label"].replace(_SPELLINGS)
+    if not label.isin(CLASSES).all():
+        unknown = boxes["label"][~label.isin(CLASSES)].iloc[0]
+        raise InputError(f"{path}: {unknown!r} is not one of the 14 findings")
+    numbers = boxes[["x", "y", "w", "h"]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    if numbers.isna().any(axis=None):
+        raise InputError(f"{path}: row {_row(numbers.isna().any(axis=1))} is not a box of four numbers")
+    return pd.concat([boxes["file"], label, numbers], axis=1)
+
+
+def _read_text(path: Path) -> str:
+    """The file as text without a byte order mark; unreadable is an InputError."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """All cells as stripped text under the header's stripped names, and those names (empty ones included)."""
+    text = _read_text(path)
+    if "\0" in text:
+        raise InputError(f"{path} is not a CSV (it holds zero bytes)")
+    header = [name.strip() for name in next(csv.reader(io.StringIO(text)))]
+    width = len(header)
+    try:
+        # Numbers for names: repeated and empty header fields must not shift or rename the data's columns.
+        raw = pd.read_csv(
+            io.StringIO(text), dtype=str, keep_default_na=False, header=0, names=range(width), index_col=False
+        )
+    except (pd.errors.ParserError, ValueError) as error:
+        raise InputError(f"{path} is not a CSV that can be read ({error})") from None
+    # A row shorter than the header (the trailing comma of 2017) leaves NaN in its last columns.
+    raw = raw.fillna("")
+    for column in raw:
+        raw[column] = raw[column].str.strip()
+    return raw.set_axis(header, axis=1), header
+
+
+def _match_columns(path: Path, header: list[str]) -> dict[str, str]:
+    """Our name -> the header's, for every column that is needed."""
+    matched: dict[str, str] = {}
+    missing = []
+    for name, spellings in _CSV_COLUMNS.items():
+        found = [spelling for spelling in spellings if spelling in header]
+        if not found:
+            missing.append(spellings[0])
+        elif header.count(found[0]) > 1:
+            raise InputError(f"{path} has the column {found[0]!r} more than once")
+        else:
+            matched[name] = found[0]
+    if "file" not in matched or "labels" not in matched:
+        shown = ", ".join(header[:6]) + (" …" if len(header) > 6 else "")
+        raise InputError(
+            f"{path} is not ChestX-ray14's metadata: it lacks {', '.join(missing)} (its columns: {shown[:160]})"
+        )
+    if missing:
+        raise InputError(
+            f"{path} lacks the column {', '.join(missing)}; give the CSV as NIH or Kaggle publish it"
+        )
+    return matched
+
+
+def _generation(header: list[str], age: pd.Series) -> str:
+    if "OriginalImageWidth" in header:
+        return "kaggle-sample"
+    if age.str[-1:].str.isalpha().any():
+        return "2017-09"
+    # The first two releases end their header in a comma; v2020 does not.
+    return "2017-11" if header[-1] == "" else "v2020"
+
+
+def _row(where: pd.Series) -> int:
+    """Line number in the file of the first true row, as an editor counts."""
+    return int(np.flatnonzero(where.to_numpy())[0]) + 2
+
+
+def _read_patients(path: Path, raw: pd.Series, file: pd.Series) -> pd.Series:
+    number = raw.str.fullmatch(r"\d{1,18}")
+    if not number.all():
+        row = _row(~number)
+        raise InputError(f"{path}: row {row} has the patient id {raw.iloc[row - 2]!r}, which is not a number")
+    patient = raw.astype(np.int64)
+    # NIH's file names begin with the patient's id. A CSV that contradicts them lets patients leak across a split.
+    named = file.str.extract(_NIH_NAME.pattern + "$", expand=False)
+    wrong = named.notna() & (named.fillna("0").astype(np.int64) != patient)
+    if wrong.any():
+        row = _row(wrong)
+        raise InputError(
+            f"{path}: row {row} says that {file.iloc[row - 2]} is of patient {patient.iloc[row - 2]}, "
+            f"its name says {int(named.iloc[row - 2])} ({int(wrong.sum())} such rows)"
+        )
+    return patient
+
+
+def _read_labels(path: Path, raw: pd.Series) -> tuple[pd.DataFrame, int]:
+    """The 14 label columns, and how many rows were spelled otherwise."""
+    codes, texts = pd.factorize(raw)
+    values = np.zeros((len(texts), len(CLASSES)), np.float32)
+    respelled = np.zeros(len(texts), bool)
+    for i, text in enumerate(texts):
+        if text == "":
+            values[i] = np.nan
+            continue
+        spelled = [label.strip() for label in text.split("|")]
+        names = [_SPELLINGS.get(label, label) for label in spelled]
+        respelled[i] = names != spelled
+        for name in names:
+            if name != NO_FINDING and name not in CLASSES:
+                raise InputError(
+                    f"{path}: row {_row(raw == text)} has the label {name!r}, not one of the 14 findings"
+                )
+        if NO_FINDING in names and len(names) > 1:
+            raise InputError(f"{path}: row {_row(raw == text)} has {NO_FINDING!r} beside a finding ({text})")
+        if names != [NO_FINDING]:
+            values[i, [CLASSES.index(name) for name in names]] = 1
+    return pd.DataFrame(values[codes], index=raw.index, columns=list(CLASSES)), int(respelled[codes].sum())
+
+
+def _read_ages(raw: pd.Series) -> tuple[pd.Series, dict[int, str]]:
+    """Ages in years, and row -> repair."""
+    codes, texts = pd.factorize(raw)
+    years = np.full(len(texts), np.nan)
+    bad: dict[int, str] = {}
+    for i, text in enumerate(texts):
+        if text == "":
+            continue
+        match = _AGE.fullmatch(text)
+        value = float(match[1]) * _YEARS_PER_UNIT[match[2].upper()] if match else np.nan
+        if 0 <= value <= MAX_AGE:
+            years[i] = value
+        else:
+            bad[i] = f"age {text[:20]!r} set to missing"
+    rows = np.flatnonzero(np.isin(codes, list(bad)))
+    return pd.Series(years[codes], index=raw.index), {int(row): bad[int(codes[row])] for row in rows}
+
+
+def _read_codes(raw: pd.Series, meaning: dict[str, str], what: str) -> tuple[pd.Series, dict[int, str]]:
+    """A column of short codes; one that has no meaning here becomes "" and a repair, an empty one only ""."""
+    values = raw.str.upper().map(meaning).fillna("")
+    rows = np.flatnonzero(((values == "") & (raw != "")).to_numpy())
+    return values, {int(row): f"{what} {raw.iloc[row][:20]!r} set to missing" for row in rows}
