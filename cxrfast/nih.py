@@ -130,10 +130,8 @@ def read_metadata(path: str | Path) -> Metadata:
             the file's name.
     """
     path = Path(path)
-    raw, header = _read_csv(path)
-    columns = _match_columns(path, header)
-    raw = raw.rename(columns={header_name: name for name, header_name in columns.items()})
-    raw = raw[list(columns)]
+    header, rows = _read_rows(path)
+    raw = _cells(path, header, rows, _match_columns(path, header))
     if raw.empty:
         raise InputError(f"{path} has a header but no rows; give the CSV that came with the films")
 
@@ -202,9 +200,7 @@ def read_list(path: str | Path) -> list[str]:
         raise InputError(f"{path} names no film; it must hold one file name a line")
     for name in names:
         if len(name.split()) > 1 or "," in name:
-            raise InputError(
-                f"{path}: {name[:60]!r} is not a file name; the list must hold one file name a line"
-            )
+            raise InputError(f"{path}: {name[:60]!r} is not a file name; the list must hold one file name a line")
     if len(set(names)) < len(names):
         seen: set[str] = set()
         repeated = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
@@ -219,11 +215,11 @@ def read_boxes(path: str | Path) -> pd.DataFrame:
         InputError: not readable, not that list, an unknown label, or a box that is not four numbers.
     """
     path = Path(path)
-    raw, header = _read_csv(path)
+    header, rows = _read_rows(path)
     if header[:3] != ["Image Index", "Finding Label", "Bbox [x"]:
         raise InputError(f"{path} is not a BBox list; its header begins with {', '.join(header[:3])!r}")
     # The header has nine fields, "Bbox [x,y,w,h]" and three empty ones, over six fields of data.
-    boxes = raw.iloc[:, :6].set_axis(["file", "label", "x", "y", "w", "h"], axis=1)
+    boxes = _cells(path, header, rows, {"file": 0, "label": 1, "x": 2, "y": 3, "w": 4, "h": 5})
     label = boxes["label"].replace(_SPELLINGS)
     if not label.isin(CLASSES).all():
         unknown = boxes["label"][~label.isin(CLASSES)].iloc[0]
@@ -247,30 +243,30 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_csv(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """All cells as stripped text under the header's stripped names, and those names (empty ones included)."""
+def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header's stripped names, empty ones included, and the rows that are not blank."""
     text = _read_text(path)
-    if "\0" in text:
-        raise InputError(f"{path} is not a CSV (it holds zero bytes)")
-    header = [name.strip() for name in next(csv.reader(io.StringIO(text)))]
-    width = len(header)
     try:
-        # Numbers for names: repeated and empty header fields must not shift or rename the data's columns.
-        raw = pd.read_csv(
-            io.StringIO(text), dtype=str, keep_default_na=False, header=0, names=range(width), index_col=False
-        )
-    except (pd.errors.ParserError, ValueError) as error:
+        header, *rows = (row for row in csv.reader(io.StringIO(text), strict=True) if row)
+    except csv.Error as error:
         raise InputError(f"{path} is not a CSV that can be read ({error})") from None
-    # A row shorter than the header (the trailing comma of 2017) leaves NaN in its last columns.
-    raw = raw.fillna("")
-    for column in raw:
-        raw[column] = raw[column].str.strip()
-    return raw.set_axis(header, axis=1), header
+    return [name.strip() for name in header], rows
 
 
-def _match_columns(path: Path, header: list[str]) -> dict[str, str]:
-    """Our name -> the header's, for every column that is needed."""
-    matched: dict[str, str] = {}
+def _cells(path: Path, header: list[str], rows: list[list[str]], columns: dict[str, int]) -> pd.DataFrame:
+    """The named columns (name -> position) as stripped text; a row that does not fit the header is an InputError."""
+    # The headers of 2017 name an empty last column that the rows may or may not have; a spare comma is harmless.
+    width = len([name for name in header if name])
+    for number, row in enumerate(rows, start=2):
+        if len(row) < width or any(row[width:]):
+            what = "fewer" if len(row) < width else "more"
+            raise InputError(f"{path}: row {number} has {what} fields than the header; the file may be cut off")
+    return pd.DataFrame({name: [row[i].strip() for row in rows] for name, i in columns.items()}, dtype=str)
+
+
+def _match_columns(path: Path, header: list[str]) -> dict[str, int]:
+    """Our name -> the column's position, for every column that is needed."""
+    matched: dict[str, int] = {}
     missing = []
     for name, spellings in _CSV_COLUMNS.items():
         found = [spelling for spelling in spellings if spelling in header]
@@ -279,16 +275,14 @@ def _match_columns(path: Path, header: list[str]) -> dict[str, str]:
         elif header.count(found[0]) > 1:
             raise InputError(f"{path} has the column {found[0]!r} more than once")
         else:
-            matched[name] = found[0]
+            matched[name] = header.index(found[0])
     if "file" not in matched or "labels" not in matched:
         shown = ", ".join(header[:6]) + (" …" if len(header) > 6 else "")
         raise InputError(
             f"{path} is not ChestX-ray14's metadata: it lacks {', '.join(missing)} (its columns: {shown[:160]})"
         )
     if missing:
-        raise InputError(
-            f"{path} lacks the column {', '.join(missing)}; give the CSV as NIH or Kaggle publish it"
-        )
+        raise InputError(f"{path} lacks the column {', '.join(missing)}; give the CSV as NIH or Kaggle publish it")
     return matched
 
 
@@ -338,9 +332,7 @@ def _read_labels(path: Path, raw: pd.Series) -> tuple[pd.DataFrame, int]:
         respelled[i] = names != spelled
         for name in names:
             if name != NO_FINDING and name not in CLASSES:
-                raise InputError(
-                    f"{path}: row {_row(raw == text)} has the label {name!r}, not one of the 14 findings"
-                )
+                raise InputError(f"{path}: row {_row(raw == text)} has the label {name!r}, not one of the 14 findings")
         if NO_FINDING in names and len(names) > 1:
             raise InputError(f"{path}: row {_row(raw == text)} has {NO_FINDING!r} beside a finding ({text})")
         if names != [NO_FINDING]:
