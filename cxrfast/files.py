@@ -28,7 +28,7 @@ def sync_file(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` as one step: temporary name in the same folder, fsync, rename, fsync of the folder."""
+    """Replace ``path`` in one step: temporary name in the same folder, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

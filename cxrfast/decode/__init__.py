@@ -19,8 +19,11 @@ Film = bytes | str | Path
 PIXEL_RULE = "pillow-bilinear"
 """Pillow's ``convert("L")`` (16-bit samples: the high byte), then ``resize((S, S), BILINEAR)``, bit for bit."""
 
-MIN_SIZE, MAX_SIZE = 8, 4096
+MIN_SIZE, MAX_SIZE = 8, 1024
 """The sizes S that a film can be prepared at, in pixels."""
+
+MAX_PIXELS = 1 << 26
+"""The most pixels that a film may declare (8192 × 8192; the largest NIH original has 18 million). Beyond: too large."""
 
 
 class Code(IntEnum):
@@ -65,6 +68,7 @@ class Decoder(Protocol):
 
     name: str
     pixel_rule: str
+    batch_films: int  # films to give to one call: enough to keep every worker busy, few enough to show progress
 
     def decode_resize(self, films: Sequence[Film], size: int, out: np.ndarray | None = None) -> Decoded:
         """Decode N films to grey and resize them to (size, size). A bad film never raises: its status says why.

@@ -1,0 +1,217 @@
+"""Films and their CSV to a store: plan, decode, write, and one ledger row for every film named or found.
+
+The films are decoded in the order of their names, a batch ahead of the one being written. Each batch's end is in the
+journal before the next is planned, so a run that was killed goes on with the first film that the journal does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from cxrfast.decode import MAX_SIZE, MIN_SIZE, Code, Decoded, Decoder, Status, pillow
+from cxrfast.decode.backends import choose_decoder
+from cxrfast.errors import InputError
+from cxrfast.files import sha256_of
+from cxrfast.nih import Metadata, read_metadata
+from cxrfast.sources import Source, find_films
+from cxrfast.store import Entry, StoreWriter, is_store
+
+_SYNC_SECONDS = 2.0  # the most work that a power cut costs
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """What a store is made from, and how. All of it but ``workers`` decides its content."""
+
+    src: tyro.conf.Positional[Path]
+    """Folder with the films, in any of NIH's or Kaggle's layouts; searched recursively."""
+    store: tyro.conf.Positional[Path]
+    """Folder for the store; made when absent. An unfinished store of the same command is gone on with."""
+    csv: Path | None = None
+    """Metadata CSV of any generation (Data_Entry_2017*.csv, sample_labels.csv). Default: the one in SRC."""
+    size: int = 224
+    """Side of the prepared image in pixels."""
+    backend: Literal["auto", "native", "pillow"] = "auto"
+    """What decodes the films; all of them give the same pixels. auto takes the fastest that is installed."""
+    workers: int = 0
+    """Threads (native) or processes (pillow). 0: one for each core."""
+    strict: bool = False
+    """End with exit code 1 when a film was rejected."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: the films to decode, and the films that cannot be."""
+
+    source: Source
+    metadata: Metadata
+    csv: Path
+    names: list[str]  # films to decode, sorted: on the disk and in the CSV
+    others: list[Entry]  # rejected unseen: on the disk only, or in the CSV only
+
+
+def prepare(config: PrepConfig) -> dict[str, Any]:
+    """Make the store, or go on with it; repeated on a finished store it changes nothing.
+
+    Returns:
+        What the command prints: store, counts by outcome, rejected films by reason, images per second.
+
+    Raises:
+        InputError: wrong options or input; what is wrong and what to do.
+        ResourceError, OSError: disk or memory ran out; the same command goes on.
+    """
+    plan = make_plan(config)
+    began = time.monotonic()
+    decoder, why = choose_decoder(config.backend, config.workers)
+    identity = {
+        "size": config.size,
+        "pixel_rule": decoder.pixel_rule,
+        "sources_digest": plan.source.digest,
+        "csv_digest": sha256_of(plan.csv),
+    }
+    with StoreWriter(config.store, config.size, identity, decoder.name) as writer:
+        done = len(writer.entries)
+        if writer.finished:
+            tqdm.write(f"{config.store} is finished already; nothing was changed", file=sys.stderr)
+            return _result(config.store, 0, 0.0)
+        tqdm.write(f"decoding with {decoder.name}: {why}", file=sys.stderr)
+        with decoder:
+            _decode_all(plan, config.size, decoder, writer)
+        table = plan.metadata.table.set_index("file", drop=False)
+        accepted = [entry.file for entry in writer.entries if entry.accepted]
+        writer.finish(
+            table.loc[accepted].reset_index(drop=True),
+            plan.others,
+            {
+                "source": str(config.src.resolve()),
+                "csv": str(plan.csv.resolve()),
+                "csv_generation": plan.metadata.generation,
+                "csv_repairs": plan.metadata.repairs,
+            },
+        )
+    return _result(config.store, len(plan.names) - done, time.monotonic() - began)
+
+
+def make_plan(config: PrepConfig) -> Plan:
+    """Find films and metadata, and check everything that can be wrong before a byte is written."""
+    if not MIN_SIZE <= config.size <= MAX_SIZE:
+        raise InputError(f"--size {config.size} is out of range; it must be {MIN_SIZE} to {MAX_SIZE} pixels")
+    if config.workers < 0:
+        raise InputError(f"--workers {config.workers} is negative; give 0 for one a core")
+    if is_store(config.src):
+        raise InputError(f"{config.src} is a store, not a folder of films; a store is what cxrfast-train reads")
+    if config.src.resolve() == config.store.resolve():
+        raise InputError(f"{config.store} holds the films; choose another folder for the store")
+    source = find_films(config.src)
+    csv = config.csv or _find_csv(source)
+    metadata = read_metadata(csv)
+    named = set(metadata.table["file"])
+    names = [name for name in source.films if name in named]
+    if not names:
+        raise InputError(
+            f"none of the {len(source.films)} films in {config.src} is named in {csv}; give the CSV of these films"
+        )
+    others = [Entry(name, "rejected", "not in the CSV") for name in source.films if name not in named]
+    others += [Entry(name, "rejected", "not on the disk") for name in sorted(named - source.films.keys())]
+    return Plan(source, metadata, csv, names, others)
+
+
+def _find_csv(source: Source) -> Path:
+    """The metadata CSV beside the films: the only one there whose header has NIH's two essential columns."""
+    beside = [path for path in source.root.resolve().parent.glob("*.csv") if path.is_file()]
+    for where in (source.csvs, beside):
+        found = [path for path in where if _is_metadata(path)]
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} are both metadata; choose one with --csv")
+        if found:
+            return found[0]
+    raise InputError(f"no metadata CSV in {source.root}; give one with --csv (NIH: Data_Entry_2017_v2020.csv)")
+
+
+def _is_metadata(path: Path) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        header = file.readline()
+    return "Image Index" in header and "Finding Labels" in header
+
+
+def _decode_all(plan: Plan, size: int, decoder: Decoder, writer: StoreWriter) -> None:
+    """Decode what the journal does not hold yet, one batch ahead of the writing."""
+    batches = _batches(plan.names, len(writer.entries), decoder.batch_films)
+    synced = time.monotonic()
+    with (
+        tqdm(total=len(plan.names), initial=len(writer.entries), unit=" images", smoothing=0.05) as bar,
+        ThreadPoolExecutor(1) as ahead,
+    ):
+
+        def decode(names: list[str]) -> Decoded:
+            return decoder.decode_resize([plan.source.films[name] for name in names], size)
+
+        names = next(batches, [])
+        decoding = ahead.submit(decode, names) if names else None
+        while decoding is not None:
+            decoded, following = decoding.result(), next(batches, [])
+            decoding = ahead.submit(decode, following) if following else None
+            _write(plan, names, decoded, size, writer)
+            bar.update(len(names))
+            names = following
+            if time.monotonic() - synced > _SYNC_SECONDS:
+                writer.sync()
+                synced = time.monotonic()
+    writer.sync()
+
+
+def _batches(names: list[str], start: int, films: int) -> Iterator[list[str]]:
+    for first in range(start, len(names), films):
+        yield names[first : first + films]
+
+
+def _write(plan: Plan, names: list[str], decoded: Decoded, size: int, writer: StoreWriter) -> None:
+    """Turn a decoded batch into entries and rows; what the backend leaves to Pillow is decoded here."""
+    entries = []
+    for row, name in enumerate(names):
+        status = decoded.statuses[row]
+        if status.code == Code.UNSUPPORTED:
+            status = _fall_back(plan.source.films[name], size, decoded, row)
+        if not status.ok:
+            entries.append(Entry(name, "rejected", str(status)))
+            continue
+        repair = plan.metadata.film_repairs.get(name, "")
+        checksum = f"{zlib.crc32(decoded.images[row].data):08x}"
+        sums = int(decoded.pixel_sum[row]), int(decoded.pixel_sumsq[row])
+        entries.append(Entry(name, "repaired" if repair else "ok", repair, *sums, checksum))
+    accepted = np.array([entry.accepted for entry in entries])
+    writer.append(entries, decoded.images if accepted.all() else decoded.images[accepted])
+
+
+def _fall_back(path: Path, size: int, decoded: Decoded, row: int) -> Status:
+    status, image = pillow.decode_one(path, size)
+    if image is not None:
+        decoded.images[row] = image
+        wide = image.astype(np.int64)
+        decoded.pixel_sum[row], decoded.pixel_sumsq[row] = wide.sum(), (wide * wide).sum()
+    return status
+
+
+def _result(store: Path, decoded: int, seconds: float) -> dict[str, Any]:
+    manifest = json.loads((store / "manifest.json").read_text())
+    return {
+        "store": str(store),
+        "size": manifest["size"],
+        "backend": manifest["backend"],
+        **manifest["counts"],
+        "rejected_by_reason": manifest["rejected"],
+        "decoded_now": decoded,
+        "images_per_second": round(decoded / seconds, 1) if seconds else None,
+    }

@@ -1,0 +1,88 @@
+"""Where film bytes come from: a folder tree in any of the layouts in which ChestX-ray14 circulates.
+
+Kaggle's ``images_001/images/*.png … images_012/images/``, NIH's unpacked tars and one flat ``images/`` differ only in
+depth, so films are found recursively and known by their file name alone. Left out: reading inside archives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cxrfast.errors import InputError
+
+FILM_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
+"""What counts as a film found. What cannot be decoded among them stands in the ledger."""
+
+_ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of films.
+
+    Attributes:
+        root: the folder that was searched.
+        films: file name → path, sorted by file name.
+        csvs: every CSV file found beside them, sorted.
+        digest: SHA-256 over the films' names and sizes in bytes: the same films give the same digest.
+    """
+
+    root: Path
+    films: dict[str, Path]
+    csvs: list[Path]
+    digest: str
+
+
+def find_films(root: Path) -> Source:
+    """Search a folder tree for films and CSVs; links are followed, hidden files (``._*`` of macOS) are not films.
+
+    Raises:
+        InputError: no such folder, no film in it, or two films of the same name.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; give the folder that holds the films")
+    films: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    csvs: list[Path] = []
+    archives: list[Path] = []
+    for folder in _folders(root):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            lower = entry.name.lower()
+            if entry.name.startswith(".") or entry.is_dir():
+                continue
+            if os.path.splitext(lower)[1] in FILM_SUFFIXES:
+                if entry.name in films:
+                    raise InputError(
+                        f"two films have the name {entry.name} ({films[entry.name]} and {entry.path}); "
+                        "films are known by their file name: remove one, or give the folder of one copy"
+                    )
+                films[entry.name] = Path(entry.path)
+                # A dangling link is a film that was found and cannot be read: its place is the ledger.
+                sizes[entry.name] = entry.stat().st_size if os.path.exists(entry.path) else -1
+            elif lower.endswith(".csv"):
+                csvs.append(Path(entry.path))
+            elif lower.endswith(_ARCHIVE_SUFFIXES):
+                archives.append(Path(entry.path))
+    if not films:
+        hint = f"; extract {archives[0].name} first" if archives else ""
+        raise InputError(f"{root} holds no film (no {', '.join(sorted(FILM_SUFFIXES))} file){hint}")
+    ordered = dict(sorted(films.items()))
+    digest = hashlib.sha256("".join(f"{name}\t{sizes[name]}\n" for name in ordered).encode()).hexdigest()
+    return Source(root, ordered, sorted(csvs), digest)
+
+
+def _folders(root: Path) -> list[str]:
+    """Every folder below ``root`` in a fixed order; a cycle of links is entered once."""
+    found, visited = [], set[str]()
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found.append(folder)
+    return found
