@@ -28,7 +28,7 @@ from cxrfast.nih import Metadata, read_metadata
 from cxrfast.sources import Source, find_films
 from cxrfast.store import Entry, StoreWriter, is_store
 
-_SYNC_SECONDS = 2.0  # the most work that a power cut costs
+_SYNC_SECONDS = 0.5  # the most work that a power cut costs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+# Two commands do everything on a machine with Python >= 3.10, a C++ compiler and make:
+#   make demo   phantoms -> store -> both CNNs -> tables and figures, in demo/
+#   make test   lint, the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+DEMO := demo
+
+.PHONY: demo test install install-test lint format bench fuzz clean
+
+# ---- the two ----
+
+demo: install
+	tools/demo.sh $(BIN) $(DEMO)
+
+test: install-test lint
+	$(BIN)/python -m pytest
+
+# ---- their parts ----
+
+install: $(VENV)/installed
+install-test: $(VENV)/installed-test
+
+# pip builds without isolation, so that torch is fetched once and the loss is compiled against that very torch.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel pybind11 ninja torch numpy
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+# CI refuses what an installation puts up with: a part that does not compile, or compiles with a warning.
+$(VENV)/installed-test: $(VENV)/installed
+	tools/system_packages.sh
+	CXRFAST_REQUIRE_BUILD=1 CXRFAST_WERROR=1 $(PIP) --no-build-isolation --editable '.[test,lint,dali]'
+	touch $@
+
+lint: install-test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tools/*.cpp' 'tests/*.cpp')
+
+format: install-test
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tools/*.cpp' 'tests/*.cpp')
+
+bench: install-test
+	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+clean:
+	rm -rf build $(DEMO) cxrfast/*.so
