@@ -1,8 +1,26 @@
-"""cxrfast: prepare and train on NIH ChestX-ray14 at the limit of the hardware."""
+"""cxrfast: prepare and train on NIH ChestX-ray14 at the limit of the hardware.
 
+Importing it loads neither torch nor a compiled part; each public name below is imported when it is first used.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("cxrfast")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "AucCounts": "cxrfast.auc",
+    "WeightedBCEWithAUC": "cxrfast.loss",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:  # PEP 562
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
