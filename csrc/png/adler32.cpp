@@ -1,0 +1,91 @@
+// adler32.cpp - two sums modulo 65521: of the bytes, and of the first sum after each byte; 32 bytes a step with AVX2.
+#include "adler32.h"
+
+#include <algorithm>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define CXRFAST_PNG_AVX2 1
+#endif
+
+namespace cxrfast::png {
+namespace {
+
+constexpr uint32_t kModulus = 65521;  // the largest prime below 2^16
+
+// Bytes that can be summed before `second` must be reduced: 255 n (n + 1) / 2 + (n + 1) (65521 - 1) < 2^32 holds up to
+// 5552.
+constexpr size_t kChunk = 5536;
+static_assert(255ull * kChunk * (kChunk + 1) / 2 + (kChunk + 1) * (kModulus - 1) < (1ull << 32) && kChunk % 32 == 0);
+
+struct Sums {
+  uint32_t first, second;
+};
+
+// nbytes <= kChunk, and a multiple of 16: sums of 16 bytes are independent, which lets the compiler use vectors.
+void add_chunk_portable(Sums& sums, const uint8_t* data, size_t nbytes) {
+  for (const uint8_t* end = data + nbytes; data < end; data += 16) {
+    uint32_t first = 0, second = 0;
+    for (uint32_t i = 0; i < 16; ++i) {
+      first += data[i];
+      second += data[i] * (16 - i);
+    }
+    sums.second += sums.first * 16 + second;
+    sums.first += first;
+  }
+}
+
+#ifdef CXRFAST_PNG_AVX2
+
+__attribute__((target("avx2"))) uint32_t sum_of_lanes(__m256i lanes) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(sum));
+}
+
+// nbytes <= kChunk, and a multiple of 32.
+__attribute__((target("avx2"))) void add_chunk_avx2(Sums& sums, const uint8_t* data, size_t nbytes) {
+  const __m256i weights = _mm256_set_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                                          23, 24, 25, 26, 27, 28, 29, 30, 31, 32);
+  const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+  __m256i first = zero, firsts = zero, weighted = zero;  // firsts: `first` before each step, summed
+  for (const uint8_t* end = data + nbytes; data < end; data += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    firsts = _mm256_add_epi32(firsts, first);
+    first = _mm256_add_epi32(first, _mm256_sad_epu8(bytes, zero));
+    // 255 * 32 + 255 * 31 fits into the 16 bits of a pair.
+    weighted = _mm256_add_epi32(weighted, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, weights), ones));
+  }
+  sums.second += sums.first * static_cast<uint32_t>(nbytes) + 32 * sum_of_lanes(firsts) + sum_of_lanes(weighted);
+  sums.first += sum_of_lanes(first);
+}
+
+#endif
+
+}  // namespace
+
+uint32_t adler32(uint32_t adler, const uint8_t* data, size_t nbytes, Isa isa) {
+  Sums sums = {adler & 0xFFFF, adler >> 16};
+  while (nbytes >= 32) {
+    const size_t chunk = std::min(nbytes / 32 * 32, kChunk);
+#ifdef CXRFAST_PNG_AVX2
+    if (isa != Isa::kPortable) {
+      add_chunk_avx2(sums, data, chunk);
+    } else  // NOLINT
+#endif
+      add_chunk_portable(sums, data, chunk);
+    (void)isa;
+    sums.first %= kModulus;
+    sums.second %= kModulus;
+    data += chunk;
+    nbytes -= chunk;
+  }
+  for (; nbytes > 0; ++data, --nbytes) {
+    sums.first += *data;
+    sums.second += sums.first;
+  }
+  return (sums.second % kModulus) << 16 | (sums.first % kModulus);
+}
+
+}  // namespace cxrfast::png

@@ -1,0 +1,40 @@
+// inflate.h - zlib streams (RFC 1950 around RFC 1951) to bytes, several independent streams at once in one thread.
+//
+// One Huffman stream is a single chain of dependent look-ups, so one core waits most of the time; streams of different
+// films are independent, and interleaving them fills the wait. Two decoders stand behind the two functions:
+// - inflate_zlib: the fast one. It never decides that a stream is bad; at the first irregularity it hands the job to
+// - inflate_zlib_careful: one stream, every check in sight. Its verdict is the verdict, so speed never decides what
+//   is accepted.
+// Accepted is what zlib accepts (incomplete code sets included), if it yields exactly the promised number of bytes.
+// Bytes behind the stream's checksum are ignored, as zlib and libpng do. Preset dictionaries are corrupt (PNG has
+// none). Left out: gzip and raw streams, streaming (the whole input must lie in memory), allocation (there is none).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+#include "status.h"
+
+namespace cxrfast::png {
+
+// Readable bytes that the caller keeps behind `in`, and writable ones behind `out`, whose content does not matter.
+constexpr size_t kInflatePad = 64;
+
+struct InflateJob {
+  const uint8_t* in = nullptr;  // a whole zlib stream; a PNG's IDAT payloads, joined
+  size_t in_nbytes = 0;
+  uint8_t* out = nullptr;
+  size_t out_nbytes = 0;  // exactly this many bytes must come out: fewer or more is corrupt
+  Status status;          // written by the decoder; offset: byte inside the zlib stream where it went wrong
+};
+
+// Decodes any number of jobs, in any mixture of sizes. Each job's out and status depend on that job alone. If a job's
+// status is not ok, its out holds unspecified bytes. Jobs must not overlap. Touches no byte outside in..in_nbytes+pad
+// and out..out_nbytes+pad. Thread-safe: no shared state.
+void inflate_zlib(InflateJob* jobs, size_t count, Isa isa);
+
+// The same for one job, plainly. Needs no padding. Several times slower.
+void inflate_zlib_careful(InflateJob& job);
+
+}  // namespace cxrfast::png

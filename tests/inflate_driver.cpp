@@ -1,0 +1,64 @@
+// inflate_driver.cpp - runs zlib streams through the decoders of csrc/png on behalf of test_inflate.py.
+//
+// stdin: calls, each one: u8 level (0, 1, 2: inflate_zlib at that Isa; 255: inflate_zlib_careful), u32 number of jobs,
+// then per job u64 in_nbytes, u64 out_nbytes, the stream. stdout: per job u8 code, i64 offset, u8 length of the
+// message, the message, and the out_nbytes bytes where the code is ok. Every buffer is an allocation of its own with
+// exactly the padding that inflate.h asks for (none for the careful decoder), so that AddressSanitizer sees one byte
+// too many.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "png/inflate.h"
+
+using namespace cxrfast::png;
+
+namespace {
+
+template <typename T>
+bool get(T* value_ret, size_t count = 1) {
+  return std::fread(value_ret, sizeof(T), count, stdin) == count;
+}
+
+template <typename T>
+void put(const T* value, size_t count = 1) {
+  if (std::fwrite(value, sizeof(T), count, stdout) != count) std::exit(3);
+}
+
+}  // namespace
+
+int main() {
+  for (uint8_t level; get(&level);) {
+    const size_t pad = level == 255 ? 0 : kInflatePad;
+    uint32_t count = 0;
+    if (!get(&count)) return 2;
+    std::vector<InflateJob> jobs(count);
+    std::vector<std::unique_ptr<uint8_t[]>> buffers;
+    for (InflateJob& job : jobs) {
+      uint64_t sizes[2];
+      if (!get(sizes, 2)) return 2;
+      job.in_nbytes = sizes[0];
+      job.out_nbytes = sizes[1];
+      uint8_t* in = buffers.emplace_back(new uint8_t[sizes[0] + pad]).get();
+      job.out = buffers.emplace_back(new uint8_t[sizes[1] + pad]).get();
+      std::memset(in + sizes[0], 0xFF, pad);
+      if (!get(in, sizes[0])) return 2;
+      job.in = in;
+    }
+    if (level == 255) {
+      for (InflateJob& job : jobs) inflate_zlib_careful(job);
+    } else {
+      inflate_zlib(jobs.data(), jobs.size(), static_cast<Isa>(level));
+    }
+    for (const InflateJob& job : jobs) {
+      const uint8_t message_nbytes = static_cast<uint8_t>(std::strlen(job.status.message));
+      put(&job.status.code);
+      put(&job.status.offset);
+      put(&message_nbytes);
+      put(job.status.message, message_nbytes);
+      if (job.status.ok()) put(job.out, job.out_nbytes);
+    }
+  }
+}
