@@ -1,0 +1,187 @@
+// batch.cpp - the thread pool: each thread takes the next group of films until none is left.
+#include "batch.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace cxrfast::png {
+
+namespace {
+
+constexpr size_t kKeptFileNbytes = size_t{4} << 20;  // an NIH film is 0.7 MB at most
+
+const char* read_reason(int error) {
+  switch (error) {
+    case ENOENT:
+    case ENOTDIR:
+      return reason::kNoSuchFile;
+    case EACCES:
+    case EPERM:
+      return reason::kNoPermission;
+    case EISDIR:
+      return reason::kNotRegularFile;
+    default:
+      return reason::kReadError;
+  }
+}
+
+Status unreadable(const char* message) { return {Code::kCorrupt, message, -1}; }
+
+Status read_open_file(int descriptor, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret) {
+  struct stat info {};
+  if (fstat(descriptor, &info) != 0) return unreadable(read_reason(errno));
+  if (!S_ISREG(info.st_mode)) return unreadable(reason::kNotRegularFile);
+  if (static_cast<uint64_t>(info.st_size) > limits.max_memory_nbytes) {
+    return {Code::kTooLarge, reason::kMemoryLimit, -1};
+  }
+  const auto wanted = static_cast<size_t>(info.st_size);
+  if (!buffer->reserve(wanted)) return {Code::kTooLarge, reason::kOutOfMemory, -1};
+  size_t done = 0;
+  while (done < wanted) {  // a file that shrinks meanwhile is judged by what is left of it
+    const ssize_t got = read(descriptor, buffer->data() + done, wanted - done);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return unreadable(read_reason(errno));
+    if (got == 0) break;
+    done += static_cast<size_t>(got);
+  }
+  *file_nbytes_ret = done;
+  return {};
+}
+
+// What one thread owns.
+struct Worker {
+  explicit Worker(const Limits& limits) : decoder(limits) {}
+
+  FilmDecoder decoder;
+  Buffer files[kFilmsAtOnce];
+
+  void decode_group(BatchFilm* films, size_t count, uint32_t size, Isa isa) {
+    FilmJob jobs[kFilmsAtOnce];
+    Status read_status[kFilmsAtOnce];
+    for (size_t i = 0; i < count; ++i) {
+      jobs[i] = {films[i].file, films[i].file_nbytes, films[i].out, 0, 0, {}};
+      if (films[i].path != nullptr) {
+        read_status[i] = read_file(films[i].path, decoder.limits(), &files[i], &jobs[i].file_nbytes);
+        if (!read_status[i].ok()) jobs[i].file_nbytes = 0;
+        jobs[i].file = files[i].data();
+      }
+    }
+    decoder.decode_resize(jobs, count, size, isa);
+    for (size_t i = 0; i < count; ++i) {
+      films[i].sum = jobs[i].sum;
+      films[i].sumsq = jobs[i].sumsq;
+      films[i].status = read_status[i].ok() ? jobs[i].status : read_status[i];
+      files[i].release_above(kKeptFileNbytes);
+    }
+  }
+};
+
+}  // namespace
+
+Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret) {
+  // O_NONBLOCK: opening a pipe must not wait for its writer; it is then refused as no regular file.
+  const int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (descriptor < 0) return unreadable(read_reason(errno));
+  const Status status = read_open_file(descriptor, limits, buffer, file_nbytes_ret);
+  close(descriptor);
+  return status;
+}
+
+struct Batch::State {
+  explicit State(const Limits& limits_) : limits(limits_) {}
+
+  const Limits limits;
+  std::vector<std::unique_ptr<Worker>> workers;  // [0] is the calling thread's
+  std::vector<std::thread> threads;              // threads[i] runs workers[i + 1]
+  std::mutex call;                               // held during decode_resize
+
+  std::mutex mutex;  // guards the next three
+  std::condition_variable wake, done;
+  uint64_t round = 0;  // counts calls; a thread works once for each
+  size_t busy = 0;     // threads that have not finished this round
+  bool stopping = false;
+
+  // The work of the round; written before `round` changes, under the mutex.
+  BatchFilm* films = nullptr;
+  size_t count = 0, group = 1;
+  uint32_t size = 0;
+  Isa isa = Isa::kPortable;
+  std::atomic<size_t> next{0};
+
+  void work(Worker& worker) {
+    while (true) {
+      const size_t at = next.fetch_add(group, std::memory_order_relaxed);
+      if (at >= count) return;
+      worker.decode_group(films + at, std::min(group, count - at), size, isa);
+    }
+  }
+
+  void serve(Worker& worker) {
+    uint64_t seen = 0;
+    std::unique_lock lock(mutex);
+    while (true) {
+      wake.wait(lock, [&] { return stopping || round != seen; });
+      if (stopping) return;
+      seen = round;
+      lock.unlock();
+      work(worker);
+      lock.lock();
+      if (--busy == 0) done.notify_one();
+    }
+  }
+
+  void stop() {
+    {
+      const std::lock_guard lock(mutex);
+      stopping = true;
+    }
+    wake.notify_all();
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+Batch::Batch(unsigned threads, const Limits& limits) : state_(new State(limits)) {
+  for (unsigned i = 0; i < threads; ++i) state_->workers.push_back(std::make_unique<Worker>(limits));
+  try {
+    for (unsigned i = 1; i < threads; ++i) {
+      state_->threads.emplace_back([state = state_.get(), i] { state->serve(*state->workers[i]); });
+    }
+  } catch (...) {
+    state_->stop();
+    throw;
+  }
+}
+
+Batch::~Batch() { state_->stop(); }
+
+void Batch::decode_resize(BatchFilm* films, size_t count, uint32_t size, Isa isa) {
+  const std::lock_guard one_call(state_->call);
+  const size_t threads = state_->workers.size();
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->films = films;
+    state_->count = count;
+    // Full groups, unless a small batch then leaves threads without work.
+    state_->group = std::clamp((count + threads - 1) / threads, size_t{1}, kFilmsAtOnce);
+    state_->size = size;
+    state_->isa = isa;
+    state_->next.store(0, std::memory_order_relaxed);
+    state_->busy = state_->threads.size();
+    ++state_->round;
+  }
+  state_->wake.notify_all();
+  state_->work(*state_->workers[0]);
+  std::unique_lock lock(state_->mutex);
+  state_->done.wait(lock, [&] { return state_->busy == 0; });
+}
+
+}  // namespace cxrfast::png

@@ -1,0 +1,44 @@
+// batch.h - many films, from memory or from files, on several threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "decode_resize.h"
+
+namespace cxrfast::png {
+
+struct BatchFilm {
+  const char* path = nullptr;     // read by the thread that decodes it, when not null
+  const uint8_t* file = nullptr;  // otherwise the file's bytes
+  size_t file_nbytes = 0;
+  uint8_t* out = nullptr;  // as in FilmJob, and so are the next three
+  int64_t sum = 0;
+  int64_t sumsq = 0;
+  Status status;
+};
+
+// A pool of threads, each with its own FilmDecoder. The calling thread is one of them, so a pool of one starts none.
+// A film that cannot be opened or read is kCorrupt ("cannot be read: ..."): the rest of the batch goes on.
+// One call at a time: a second one waits. After fork() the child must not use its parent's pool: its threads are gone.
+class Batch {
+ public:
+  // threads >= 1. Throws std::system_error when a thread cannot be started.
+  Batch(unsigned threads, const Limits& limits);
+  ~Batch();
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  // Returns when every film has its status. Results do not depend on the number of threads or on the order of films.
+  void decode_resize(BatchFilm* films, size_t count, uint32_t size, Isa isa);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Reads a whole file into `buffer`. ok: file_nbytes_ret bytes at buffer.data(). kTooLarge beyond limits.max_memory_nbytes.
+Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret);
+
+}  // namespace cxrfast::png

@@ -1,0 +1,72 @@
+// decode_resize.h - PNG files in memory to grey images: the decoder as a library. Start reading here.
+//
+//   cxrfast::png::FilmDecoder decoder{cxrfast::png::Limits{}};
+//   cxrfast::png::FilmJob job{file, file_nbytes, image};               // image: 224 * 224 bytes
+//   decoder.decode_resize(&job, 1, 224, cxrfast::png::best_isa());
+//   if (!job.status.ok()) std::puts(job.status.message);
+//
+// Input: any bytes at all. Output: the image of the rule "pillow-bilinear" (grey.h, resample.h), or a Status that says why
+// not; nothing in between. Never throws, never reads outside the file's bytes, never allocates more than the limits allow.
+// Threads: one FilmDecoder for each; it keeps its scratch memory from call to call (batch.h has a pool of them).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "buffer.h"
+#include "chunks.h"
+#include "inflate.h"
+#include "isa.h"
+#include "limits.h"
+#include "resample.h"
+#include "status.h"
+
+namespace cxrfast::png {
+
+// Films that one thread decodes together: the measured optimum of inflate (docs/notes.md).
+constexpr size_t kFilmsAtOnce = 3;
+
+constexpr uint32_t kMinSize = 8, kMaxSize = 4096;  // side of a prepared image, pixels
+
+struct FilmJob {
+  const uint8_t* file = nullptr;  // the PNG file; needs no padding; may be null when file_nbytes is 0
+  size_t file_nbytes = 0;
+  uint8_t* out = nullptr;  // size * size bytes, row by row; all zeros when status is not ok
+  int64_t sum = 0;         // of the image's pixels; 0 when status is not ok
+  int64_t sumsq = 0;       // of their squares
+  Status status;           // offset: byte of the file, for errors inside the zlib stream too
+};
+
+class FilmDecoder {
+ public:
+  explicit FilmDecoder(const Limits& limits);
+  ~FilmDecoder();
+  FilmDecoder(const FilmDecoder&) = delete;
+  FilmDecoder& operator=(const FilmDecoder&) = delete;
+
+  // Decodes any number of films, kFilmsAtOnce at a time, and resizes each to size x size (kMinSize .. kMaxSize). Each film's
+  // result depends on that film alone. The jobs' outs must not overlap.
+  void decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa isa);
+
+  // The whole grey image of one film. chunks: what read_chunks(file, ...) returned with status ok under this decoder's
+  // limits. grey: width * height bytes, row by row; unspecified when the status is not ok.
+  Status decode(const uint8_t* file, const Chunks& chunks, uint8_t* grey, Isa isa);
+
+  const Limits& limits() const { return limits_; }
+
+ private:
+  struct Film;             // one of the films in hand, with its buffers
+  struct CachedResampler;  // for one source size
+
+  void decode_group(FilmJob* jobs, size_t count, uint32_t size, Isa isa);
+  const Resampler* resampler_for(const Header& header, uint32_t size);
+
+  Limits limits_;
+  std::unique_ptr<Film[]> films_;  // kFilmsAtOnce
+  std::vector<std::unique_ptr<CachedResampler>> resamplers_;
+  Scratch scratch_;
+};
+
+}  // namespace cxrfast::png
