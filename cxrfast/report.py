@@ -78,7 +78,7 @@ PAPER_NOTES: tuple[str, ...] = (
     "Averages are recomputed from the 14 rows above them.",
     "The paper prints 0.727 as Baltruschat's average; its rows average 0.806.",
     "The paper prints 0.775 as Shen's average; its rows average 0.776, and its Fibrosis cell repeats Wang's.",
-    "The official test set is a harder population than a random one (57 % AP views against 35 %): one and the same "
+    "The official test set is a harder population than its training set (57 % AP views against 35 %): one and the same "
     "model scores 0.02 to 0.03 less there. Compare columns of the same split only.",
 )
 

@@ -94,7 +94,7 @@ def paper_split(table: pd.DataFrame) -> Split:
 
 def official_split(table: pd.DataFrame, train_list: Path, test_list: Path) -> Split:
     """NIH's own split: 86,524 / 25,596 images of 28,008 / 2,797 patients. Its test set is another, harder population
-    (57 % AP against 35 %): one and the same model scores 0.02 to 0.03 less there than on ``paper``.
+    (57 % AP against 35 % in training): one and the same model scores 0.02 to 0.03 less there than on ``paper``.
 
     Raises:
         InputError: as ``list_split``.
