@@ -38,10 +38,14 @@ def png_extension() -> Extension:
     return Extension(
         "cxrfast._png",
         sources,
-        include_dirs=[pybind11.get_include(), "csrc"],
+        include_dirs=["csrc"],
         depends=sorted(glob.glob("csrc/png/*.h")),
         language="c++",
-        extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-pthread", *WARNINGS],
+        # pybind11 as a system header: our warnings are not for it
+        extra_compile_args=[
+            *("-isystem", pybind11.get_include(), "-std=c++20", "-O3", "-fvisibility=hidden", "-pthread"),
+            *WARNINGS,
+        ],
         extra_link_args=["-pthread"],
     )
 
