@@ -81,15 +81,19 @@ def paper_split(table: pd.DataFrame) -> Split:
     Raises:
         InputError: a side is empty (a handful of patients).
     """
-    patients = table["patient"].to_numpy(np.int64)
+    in_test = in_paper_test(table["patient"].to_numpy(np.int64))
+    return _split("paper", table, ~in_test, in_test)
+
+
+def in_paper_test(patients: np.ndarray) -> np.ndarray:
+    """bool, one for each of the patient ids, repeats allowed: is this patient on the test side of ``paper_split``?"""
     published = np.arange(1, PUBLISHED_TOTALS["patients"] + 1)
     drawn_over = published if np.isin(patients, published).all() else np.unique(patients)
     if len(drawn_over) < 2:
-        raise InputError(f"the table holds {len(drawn_over)} patient(s); a split needs at least two")
+        raise InputError(f"there is {len(drawn_over)} patient; a split needs at least two")
     draw = GroupShuffleSplit(n_splits=1, test_size=TEST_SHARE, random_state=PAPER_SEED)
     _, test = next(draw.split(drawn_over, groups=drawn_over))
-    in_test = np.isin(patients, drawn_over[test])
-    return _split("paper", table, ~in_test, in_test)
+    return np.isin(patients, drawn_over[test])
 
 
 def official_split(table: pd.DataFrame, train_list: Path, test_list: Path) -> Split:
