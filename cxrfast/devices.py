@@ -1,0 +1,137 @@
+"""What the device is and can do: its choice, its arithmetic under AMP, and the rate of its matrix product.
+
+Left out: several processes (parallel.py), and where films are kept (data.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cxrfast.errors import InputError
+
+AmpDtype = Literal["auto", "bf16", "fp16"]
+
+# A CPU takes bf16 only where it clearly gains: below this ratio the loss of digits buys nothing.
+BF16_GAIN = 1.2
+
+
+class Precision(NamedTuple):
+    """The arithmetic of forward and backward pass; weights and optimiser are always fp32."""
+
+    name: str  # fp32, bf16 or fp16
+    line: str  # why, in words
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """``auto`` takes the GPU where there is one; of several, each process takes its own.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {name!r}; write auto, cpu, cuda or cuda:0") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise InputError(f"cxrfast trains on cpu and cuda, not on {device.type}")
+    if not torch.cuda.is_available():
+        raise InputError(f"device {name} was asked for, but this torch sees no GPU; use --device cpu")
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InputError(f"GPU {index} was asked for, but there are {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name for people and for config.json."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = "CPU"
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def choose_precision(amp: bool, wanted: AmpDtype, device: torch.device) -> Precision:
+    """The arithmetic that ``--amp`` means on this device.
+
+    A GPU with bf16 takes bf16, any other fp16 with a GradScaler. A CPU takes bf16 where a measurement shows that bf16
+    convolutions are faster there; many emulate them, ten times slower than fp32, and those stay in fp32.
+
+    Raises:
+        InputError: fp16 on a CPU, or bf16 on a GPU that has none.
+    """
+    if not amp:
+        if wanted != "auto":
+            raise InputError(f"--amp-dtype {wanted} needs --amp")
+        return Precision("fp32", "arithmetic: fp32")
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8  # below it torch emulates bf16
+        if wanted == "bf16" and not has_bf16:
+            raise InputError(f"{device_name(device)} has no bf16 arithmetic; use --amp-dtype auto")
+        name = wanted if wanted != "auto" else ("bf16" if has_bf16 else "fp16")
+        return Precision(name, f"arithmetic: {name}" + (" with loss scaling" if name == "fp16" else ""))
+    if wanted == "fp16":
+        raise InputError("--amp-dtype fp16 is for GPUs; on a CPU use bf16")
+    gain = bf16_gain()
+    measured = f"a bf16 convolution runs at {gain:.2g} x the speed of fp32 on this CPU"
+    if wanted == "bf16":
+        return Precision("bf16", f"arithmetic: bf16, as asked ({measured})")
+    if gain >= BF16_GAIN:
+        return Precision("bf16", f"arithmetic: bf16 ({measured})")
+    return Precision("fp32", f"arithmetic: fp32 in spite of --amp, because {measured}")
+
+
+def bf16_gain() -> float:
+    """Speed of a bf16 convolution over that of the same in fp32 on this CPU; below 1 where bf16 is emulated."""
+    x = torch.randn(4, 64, 28, 28).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+
+    def convolve(dtype: torch.dtype) -> float:
+        a, w = x.to(dtype), weight.to(dtype)
+        with torch.inference_mode():
+            return best_seconds(lambda: F.conv2d(a, w, padding=1), repeats=3)
+
+    return convolve(torch.float32) / convolve(torch.bfloat16)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product: the yardstick that training is held against."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    with torch.inference_mode():
+        return 2 * n**3 / best_seconds(lambda: a @ b, repeats=3, device=device)
+
+
+def best_seconds(run: Callable[[], Tensor], repeats: int, device: torch.device | None = None) -> float:
+    """The shortest of several runs, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronise(device)
+        begin = time.perf_counter()
+        run()
+        synchronise(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def synchronise(device: torch.device | None) -> None:
+    """Wait until the device has done what it was asked; nothing on a CPU."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
