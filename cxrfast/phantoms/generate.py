@@ -1,0 +1,171 @@
+"""Writes a set of phantom films: cases -> pixels -> PNG files -> CSV and lists.
+
+Promises: the same (images, seed, size) gives the same bytes whatever the number of workers (with one version of the
+packages and of zlib); a run that was killed goes on when it is repeated; nothing that somebody else put into the folder
+is overwritten. The CSV and the lists are written last: a folder that has them is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import cxrfast
+from cxrfast.errors import InputError
+from cxrfast.files import write_atomic, write_json
+from cxrfast.nih import CLASSES, TEST_LIST, TRAIN_LIST
+from cxrfast.phantoms import png
+from cxrfast.phantoms.cases import Cases, make_cases
+from cxrfast.phantoms.draw import Case, draw_film
+
+CSV_NAME = "Data_Entry_2017_v2020.csv"
+RECORD_NAME = "phantoms.json"  # which set the folder holds or is to hold
+MIN_SIZE, MAX_SIZE = 64, 4096
+MAX_IMAGES = 1_000_000
+RGBA_EVERY = 100  # films; NIH has about 1 % of them
+
+
+def generate(out: Path, images: int, seed: int, size: int = 1024, workers: int | None = None) -> dict[str, Any]:
+    """Write, or finish, a set of phantom films.
+
+    Args:
+        out: the folder; made if absent. It may hold an unfinished or finished set of the same images, seed and size.
+        images: N films, in ``out/images``.
+        seed: >= 0; everything about the set follows from it.
+        size: side of a film in pixels; NIH's are 1024.
+        workers: processes; as many as there are cores if None.
+    Returns:
+        counts for the command's last line: films, patients, how many were there already, bytes.
+    Raises:
+        InputError: an option out of range, or a folder that holds something else.
+    """
+    _check(images, seed, size, workers)
+    _claim(out, {"images": images, "seed": seed, "size": size, "cxrfast": cxrfast.__version__})
+    cases = make_cases(images, seed)
+    folder = out / "images"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / name for name in cases.table["file"]]
+    missing = [index for index, path in enumerate(paths) if not _is_complete(path)]
+    jobs = [(paths[index], _case(cases, index, seed), size, seed, index) for index in missing]
+    with tqdm(total=images, initial=images - len(jobs), desc="phantoms", unit="film") as bar:
+        for _ in _each(jobs, workers or _num_cores()):
+            bar.update()
+    train, test = cases.lists()
+    write_atomic(out / TRAIN_LIST, train)
+    write_atomic(out / TEST_LIST, test)
+    write_atomic(out / CSV_NAME, cases.csv())
+    return {
+        "out": str(out),
+        "images": images,
+        "patients": int(cases.table["patient"].iloc[-1]),
+        "already_there": images - len(jobs),
+        "rgba": sum(is_rgba(seed, index) for index in range(images)),
+        "nbytes": sum(path.stat().st_size for path in paths),
+        "positives": dict(zip(CLASSES, cases.labels.sum(axis=0).tolist(), strict=True)),
+    }
+
+
+def is_rgba(seed: int, index: int) -> bool:
+    """Whether film ``index`` is encoded as RGBA: one of every hundred in a row, which one the seed says."""
+    return (index - seed) % RGBA_EVERY == RGBA_EVERY // 2
+
+
+def film_bytes(case: Case, size: int, seed: int, index: int) -> bytes:
+    """The PNG file of film ``index``."""
+    encode = png.encode_rgba if is_rgba(seed, index) else png.encode_grey
+    minutes, second = divmod(index, 60)
+    hours, minute = divmod(minutes, 60)
+    # NIH's films carry times of September 2016; here they count the films
+    return encode(draw_film(case, size), (2016, 9, 1 + hours // 24 % 30, hours % 24, minute, second))
+
+
+def _case(cases: Cases, index: int, seed: int) -> Case:
+    row = cases.table.iloc[index]
+    signs = frozenset(name for name, there in zip(CLASSES, cases.signs[index], strict=True) if there)
+    return Case((seed, 1, int(row.patient)), (seed, 2, index), float(row.age), row.sex, row.view, signs)
+
+
+def _check(images: int, seed: int, size: int, workers: int | None) -> None:
+    if not 1 <= images <= MAX_IMAGES:
+        raise InputError(f"--images is {images}; choose 1 to {MAX_IMAGES:,}")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; choose 0 or more")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise InputError(f"--size is {size} pixels; choose {MIN_SIZE} to {MAX_SIZE}")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers is {workers}; choose 1 or more")
+
+
+def _claim(out: Path, record: dict[str, Any]) -> None:
+    """Make the folder ours by writing the record, or see that it is ours already."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for the films")
+    record_path = out / RECORD_NAME
+    if record_path.is_file():
+        try:
+            found = json.loads(record_path.read_text())
+        except ValueError:
+            found = None
+        if found != record:
+            raise InputError(
+                f"{out} holds another set of phantoms ({found}, asked for {record}); choose another folder"
+            )
+        return
+    if out.is_dir() and any(path.name != f".{RECORD_NAME}.tmp" for path in out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no set of phantoms; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record_path, record)
+
+
+def _is_complete(path: Path) -> bool:
+    """Films get their name when they are whole; the end is looked at in case somebody cut one since."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(png.END), os.SEEK_END)
+            return file.read() == png.END
+    except OSError:  # absent, or shorter than that
+        return False
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_Job = tuple[Path, Case, int, int, int]
+
+
+def _each(jobs: list[_Job], workers: int) -> Iterator[None]:
+    """Do every job, in this process or in several; yields as each is done."""
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        yield from map(_write_film, jobs)
+        return
+    # Processes start afresh: a fork of a process that runs threads (torch, a test) may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        yield from pool.map(_write_film, jobs, chunksize=4)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker of a killed parent would wait for jobs for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _write_film(job: _Job) -> None:
+    path, *film = job
+    write_atomic(path, film_bytes(*film))
