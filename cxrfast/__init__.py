@@ -16,6 +16,8 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 _PUBLIC = {
     "AucCounts": "cxrfast.auc",
     "WeightedBCEWithAUC": "cxrfast.loss",
+    "decode": "cxrfast.decode",
+    "decode_resize": "cxrfast.decode.native",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -37,7 +37,7 @@ const char* read_reason(int error) {
 Status unreadable(const char* message) { return {Code::kCorrupt, message, -1}; }
 
 Status read_open_file(int descriptor, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret) {
-  struct stat info {};
+  struct stat info{};
   if (fstat(descriptor, &info) != 0) return unreadable(read_reason(errno));
   if (!S_ISREG(info.st_mode)) return unreadable(reason::kNotRegularFile);
   if (static_cast<uint64_t>(info.st_size) > limits.max_memory_nbytes) {
@@ -100,6 +100,7 @@ struct Batch::State {
   explicit State(const Limits& limits_) : limits(limits_) {}
 
   const Limits limits;
+  const pid_t owner = getpid();                  // fork() copies this object, but not its threads
   std::vector<std::unique_ptr<Worker>> workers;  // [0] is the calling thread's
   std::vector<std::thread> threads;              // threads[i] runs workers[i + 1]
   std::mutex call;                               // held during decode_resize
@@ -161,21 +162,27 @@ Batch::Batch(unsigned threads, const Limits& limits) : state_(new State(limits))
   }
 }
 
-Batch::~Batch() { state_->stop(); }
+Batch::~Batch() {
+  if (getpid() == state_->owner) {
+    state_->stop();
+  } else {
+    state_.release();  // its threads can neither be joined nor be destroyed here
+  }
+}
 
 void Batch::decode_resize(BatchFilm* films, size_t count, uint32_t size, Isa isa) {
   const std::lock_guard one_call(state_->call);
-  const size_t threads = state_->workers.size();
+  const size_t helpers = getpid() == state_->owner ? state_->threads.size() : 0;
   {
     const std::lock_guard lock(state_->mutex);
     state_->films = films;
     state_->count = count;
     // Full groups, unless a small batch then leaves threads without work.
-    state_->group = std::clamp((count + threads - 1) / threads, size_t{1}, kFilmsAtOnce);
+    state_->group = std::clamp((count + helpers) / (helpers + 1), size_t{1}, kFilmsAtOnce);
     state_->size = size;
     state_->isa = isa;
     state_->next.store(0, std::memory_order_relaxed);
-    state_->busy = state_->threads.size();
+    state_->busy = helpers;
     ++state_->round;
   }
   state_->wake.notify_all();

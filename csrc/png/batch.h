@@ -20,8 +20,8 @@ struct BatchFilm {
 };
 
 // A pool of threads, each with its own FilmDecoder. The calling thread is one of them, so a pool of one starts none.
-// A film that cannot be opened or read is kCorrupt ("cannot be read: ..."): the rest of the batch goes on.
-// One call at a time: a second one waits. After fork() the child must not use its parent's pool: its threads are gone.
+// A film that cannot be opened or read is kCorrupt ("cannot be read (...)"): the rest of the batch goes on.
+// One call at a time: a second one waits. In a child made by fork() the pool has the calling thread only.
 class Batch {
  public:
   // threads >= 1. Throws std::system_error when a thread cannot be started.
@@ -38,7 +38,8 @@ class Batch {
   std::unique_ptr<State> state_;
 };
 
-// Reads a whole file into `buffer`. ok: file_nbytes_ret bytes at buffer.data(). kTooLarge beyond limits.max_memory_nbytes.
+// Reads a whole file into `buffer`. ok: file_nbytes_ret bytes at buffer.data(). kTooLarge beyond
+// limits.max_memory_nbytes.
 Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret);
 
 }  // namespace cxrfast::png

@@ -32,9 +32,7 @@ uint32_t big32(const uint8_t* data) {
          static_cast<uint32_t>(data[2]) << 8 | data[3];
 }
 
-Status corrupt(const char* message, size_t offset) {
-  return {Code::kCorrupt, message, static_cast<int64_t>(offset)};
-}
+Status corrupt(const char* message, size_t offset) { return {Code::kCorrupt, message, static_cast<int64_t>(offset)}; }
 
 bool is_critical(uint32_t type) { return (type & 0x20000000) == 0; }  // bit 5 of the first letter
 

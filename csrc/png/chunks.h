@@ -1,9 +1,9 @@
 // chunks.h - the container: which bytes of a PNG file are what, checked before anything is allocated.
 //
 // What is refused and what is not: a chunk that cannot be ignored (IHDR, PLTE of a palette image, IDAT, IEND, unknown
-// critical ones) must be whole, in order and carry the right CRC-32. Ancillary chunks are passed over unread, so a wrong
-// CRC in one is no error (libpng warns and goes on too), and neither are bytes behind IEND. tRNS, gAMA, iCCP, sBIT and the
-// like do not touch the pixels: the contract is Pillow's convert("L"), which ignores them as well.
+// critical ones) must be whole, in order and carry the right CRC-32. Ancillary chunks are passed over unread, so a
+// wrong CRC in one is no error (libpng warns and goes on too), and neither are bytes behind IEND. tRNS, gAMA, iCCP,
+// sBIT and the like do not touch the pixels: the contract is Pillow's convert("L"), which ignores them as well.
 #pragma once
 
 #include <cstddef>
@@ -28,15 +28,17 @@ struct Header {
   // Bytes of a complete pixel, rounded up to 1: the distance over which the row filters look back.
   int filter_distance() const { return (bits_per_pixel() + 7) / 8; }
   // Bytes of a row of `columns` pixels without its filter byte. columns <= 2^31: fits.
-  size_t row_nbytes(uint32_t columns) const { return static_cast<size_t>((uint64_t{columns} * bits_per_pixel() + 7) / 8); }
+  size_t row_nbytes(uint32_t columns) const {
+    return static_cast<size_t>((uint64_t{columns} * bits_per_pixel() + 7) / 8);
+  }
   // Bytes that the zlib stream must inflate to: every row of every pass with its filter byte. At most 2^48 pixels.
   uint64_t filtered_nbytes() const;
 };
 
 // The reduced images of an interlaced file; a file that is not interlaced has one, the whole.
 struct Pass {
-  uint32_t width, height;    // pixels; either may be 0, then the pass has no bytes at all
-  uint32_t x0, y0, dx, dy;   // its pixel (i, j) is the image's (x0 + i * dx, y0 + j * dy)
+  uint32_t width, height;   // pixels; either may be 0, then the pass has no bytes at all
+  uint32_t x0, y0, dx, dy;  // its pixel (i, j) is the image's (x0 + i * dx, y0 + j * dy)
 };
 constexpr int kMaxPasses = 7;
 
@@ -48,7 +50,7 @@ struct Chunks {
   Header header;
   uint8_t palette_grey[256] = {};  // palette images: each entry as a grey level, Pillow's rounding
   int palette_size = 0;            // entries; indices beyond are corrupt
-  size_t idat_offset = 0;          // file offset of the first IDAT chunk (its length field); the others follow it directly
+  size_t idat_offset = 0;  // file offset of the first IDAT chunk (its length field); the others follow it directly
   size_t idat_count = 0;
   size_t idat_nbytes = 0;  // all payloads together
   size_t idat_end = 0;     // file offset behind the last IDAT chunk

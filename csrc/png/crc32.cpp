@@ -1,7 +1,8 @@
 // crc32.cpp - sixteen bytes a step from tables, or 64 bytes a step with carry-less multiplication.
 //
-// Method of the second: Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009. Its last
-// reduction is left to the tables: the folded 16 bytes stand for the whole message, so their own CRC is the answer.
+// Method of the second: Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009. Its
+// last reduction is left to the tables: the folded 16 bytes stand for the whole message, so their own CRC is the
+// answer.
 #include "crc32.h"
 
 #include <array>
@@ -75,12 +76,11 @@ static_assert(kAhead64Low == 0x154442bd4 && kAhead64High == 0x1c6e41596, "the co
 static_assert(kAhead16Low == 0x1751997d0 && kAhead16High == 0x0ccaa009e, "the constants of the paper, page 22");
 
 __attribute__((target("pclmul,sse4.1"))) inline __m128i fold(__m128i value, __m128i ahead, __m128i next) {
-  return _mm_xor_si128(next, _mm_xor_si128(_mm_clmulepi64_si128(value, ahead, 0x00),
-                                           _mm_clmulepi64_si128(value, ahead, 0x11)));
+  return _mm_xor_si128(
+      next, _mm_xor_si128(_mm_clmulepi64_si128(value, ahead, 0x00), _mm_clmulepi64_si128(value, ahead, 0x11)));
 }
 
-__attribute__((target("pclmul,sse4.1"))) uint32_t update_pclmul(uint32_t state, const uint8_t* data,
-                                                                size_t nbytes) {
+__attribute__((target("pclmul,sse4.1"))) uint32_t update_pclmul(uint32_t state, const uint8_t* data, size_t nbytes) {
   if (nbytes < 64) return update_tables(state, data, nbytes);
   const auto load = [](const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
   const __m128i ahead64 = _mm_set_epi64x(kAhead64High, kAhead64Low);

@@ -5,9 +5,9 @@
 //   decoder.decode_resize(&job, 1, 224, cxrfast::png::best_isa());
 //   if (!job.status.ok()) std::puts(job.status.message);
 //
-// Input: any bytes at all. Output: the image of the rule "pillow-bilinear" (grey.h, resample.h), or a Status that says why
-// not; nothing in between. Never throws, never reads outside the file's bytes, never allocates more than the limits allow.
-// Threads: one FilmDecoder for each; it keeps its scratch memory from call to call (batch.h has a pool of them).
+// Input: any bytes at all. Output: the image of the rule "pillow-bilinear" (grey.h, resample.h), or a Status that says
+// why not; nothing in between. Never throws, never reads outside the file's bytes, never allocates more than the limits
+// allow. Threads: one FilmDecoder for each; it keeps its scratch memory from call to call (batch.h has a pool of them).
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ namespace cxrfast::png {
 // Films that one thread decodes together: the measured optimum of inflate (docs/notes.md).
 constexpr size_t kFilmsAtOnce = 3;
 
-constexpr uint32_t kMinSize = 8, kMaxSize = 4096;  // side of a prepared image, pixels
+constexpr uint32_t kMinSize = 8, kMaxSize = 1024;  // side of a prepared image, pixels
 
 struct FilmJob {
   const uint8_t* file = nullptr;  // the PNG file; needs no padding; may be null when file_nbytes is 0
@@ -46,8 +46,8 @@ class FilmDecoder {
   FilmDecoder(const FilmDecoder&) = delete;
   FilmDecoder& operator=(const FilmDecoder&) = delete;
 
-  // Decodes any number of films, kFilmsAtOnce at a time, and resizes each to size x size (kMinSize .. kMaxSize). Each film's
-  // result depends on that film alone. The jobs' outs must not overlap.
+  // Decodes any number of films, kFilmsAtOnce at a time, and resizes each to size x size (kMinSize .. kMaxSize). Each
+  // film's result depends on that film alone. The jobs' outs must not overlap.
   void decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa isa);
 
   // The whole grey image of one film. chunks: what read_chunks(file, ...) returned with status ok under this decoder's

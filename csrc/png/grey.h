@@ -22,14 +22,15 @@ constexpr uint8_t grey_of(uint32_t r, uint32_t g, uint32_t b) {
 // False when a palette index has no entry (its pixels are then undefined).
 bool grey_row(const Chunks& chunks, const uint8_t* row, uint32_t columns, uint8_t* grey);
 
-// True for the files whose grey image may be one plane of their bytes: a whole number of bytes a sample, not interlaced.
+// True for the files whose grey image may be one plane of their bytes: a whole number of bytes a sample, not
+// interlaced.
 bool may_be_one_plane(const Header& header);
 
-// The row filters work on each byte of a pixel apart from the others. So the filtered bytes of a film whose grey image is
-// one of its planes (grey of 8 or 16 bits, with or without alpha; colour that is grey in every pixel) are, taken alone,
-// the filtered rows of an 8-bit grey film. Copies that plane, filter bytes included, to `plane` (height rows of 1 + width
-// bytes). rows: the filtered rows. False, with `plane` undefined, when the film has colour.
-// May only be called where may_be_one_plane(header).
+// The row filters work on each byte of a pixel apart from the others. So the filtered bytes of a film whose grey image
+// is one of its planes (grey of 8 or 16 bits, with or without alpha; colour that is grey in every pixel) are, taken
+// alone, the filtered rows of an 8-bit grey film. Copies that plane, filter bytes included, to `plane` (height rows of
+// 1 + width bytes). rows: the filtered rows. False, with `plane` undefined, when the film has colour. May only be
+// called where may_be_one_plane(header).
 bool extract_plane(const Header& header, const uint8_t* rows, uint8_t* plane);
 
 }  // namespace cxrfast::png

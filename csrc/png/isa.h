@@ -18,7 +18,8 @@ enum class Isa : uint8_t {
 Isa cpu_isa();
 
 // cpu_isa(), lowered by the environment variable CXRFAST_ISA=portable|avx2|avx512. A name that is not known, or a level
-// that the CPU has not, changes nothing. Reads the environment at every call; not safe beside a setenv in another thread.
+// that the CPU has not, changes nothing. Reads the environment at every call; not safe beside a setenv in another
+// thread.
 Isa best_isa();
 
 // "portable", "avx2" or "avx512".

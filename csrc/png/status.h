@@ -1,8 +1,8 @@
 // status.h - how the decoding of one film ended, and the sentences that say why.
 //
-// Three ends are kept apart, because a caller does three different things: kCorrupt (the file is broken: reject it, with
-// the reason and the byte), kUnsupported (valid, but not this decoder's: try another), kTooLarge (a limit, checked before
-// anything is allocated). Messages are static strings, so a Status is copied freely and never allocates.
+// Three ends are kept apart, because a caller does three different things: kCorrupt (the file is broken: reject it,
+// with the reason and the byte), kUnsupported (valid, but not this decoder's: try another), kTooLarge (a limit, checked
+// before anything is allocated). Messages are static strings, so a Status is copied freely and never allocates.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ enum class Code : uint8_t { kOk = 0, kCorrupt = 1, kUnsupported = 2, kTooLarge =
 struct Status {
   Code code = Code::kOk;
   const char* message = "";
-  int64_t offset = -1;  // the byte at which it was seen, counted from the start of what the function was given; -1: none
+  int64_t offset =
+      -1;  // the byte at which it was seen, counted from the start of what the function was given; -1: none
 
   bool ok() const { return code == Code::kOk; }
 };
@@ -51,10 +52,10 @@ inline constexpr char kRowFilter[] = "bad row filter";
 inline constexpr char kPaletteIndex[] = "palette index out of range";
 
 // kCorrupt: the file itself
-inline constexpr char kNoSuchFile[] = "cannot be read: no such file";
-inline constexpr char kNoPermission[] = "cannot be read: permission denied";
-inline constexpr char kNotRegularFile[] = "cannot be read: not a regular file";
-inline constexpr char kReadError[] = "cannot be read: input/output error";
+inline constexpr char kNoSuchFile[] = "cannot be read (No such file or directory)";
+inline constexpr char kNoPermission[] = "cannot be read (Permission denied)";
+inline constexpr char kNotRegularFile[] = "cannot be read (not a regular file)";
+inline constexpr char kReadError[] = "cannot be read (Input/output error)";
 
 // kUnsupported
 inline constexpr char kNotPng[] = "not a PNG file";

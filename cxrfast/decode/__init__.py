@@ -6,10 +6,12 @@ store's manifest, and stores of different rules do not mix. This package never i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -83,3 +85,30 @@ class Decoder(Protocol):
     def __enter__(self) -> Decoder: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+def decode(film: Film) -> np.ndarray:
+    """The grey image of one PNG film at its own size, as Pillow's ``convert("L")`` has it (16 bits: the high byte).
+
+    Also to be had as ``cxrfast.decode(film)``.
+
+    Args:
+        film: the PNG file, as bytes or as a path.
+    Returns:
+        uint8 (H, W).
+    Raises:
+        InputError: the film is broken, not PNG or beyond a limit; the message says which, why and at what byte.
+    """
+    from cxrfast.decode.native import decode_or_raise
+
+    return decode_or_raise(film)
+
+
+class _CallablePackage(ModuleType):
+    """``cxrfast.decode`` names this package; called, it is the function above."""
+
+    def __call__(self, film: Film) -> np.ndarray:
+        return decode(film)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
