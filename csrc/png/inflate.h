@@ -34,6 +34,21 @@ struct InflateJob {
 // and out..out_nbytes+pad. Thread-safe: no shared state.
 void inflate_zlib(InflateJob* jobs, size_t count, Isa isa);
 
+// The same for a supply of jobs that need not exist all at once: films differ in size threefold, and whoever waits for
+// a whole group of them lets streams run alone. Both functions are called between the steps of decoding, in the
+// caller's thread.
+class InflateFeed {
+ public:
+  virtual InflateJob* next() = 0;  // a job to begin, or nullptr: no more will come; not called again after that
+  virtual void finished(
+      InflateJob& job) = 0;  // its status is set; in the order in which jobs end, not the order of next()
+
+ protected:
+  ~InflateFeed() = default;
+};
+constexpr int kInflateStreams = 3;  // jobs under way at once, beside the one that `finished` is told of
+void inflate_zlib(InflateFeed& feed, Isa isa);
+
 // The same for one job, plainly. Needs no padding. Several times slower.
 void inflate_zlib_careful(InflateJob& job);
 

@@ -1,0 +1,19 @@
+// inflate_portable.cpp - the inflate kernel for any 64-bit little-endian CPU.
+#include <algorithm>
+#include <cstring>
+
+#include "adler32.h"
+#include "deflate_format.h"
+#include "inflate_kernels.h"
+
+namespace cxrfast::png {
+namespace {
+
+constexpr Isa kIsa = Isa::kPortable;
+#include "inflate_kernel.h"
+
+}  // namespace
+
+void inflate_portable(InflateFeed& feed) { run_streams(feed); }
+
+}  // namespace cxrfast::png
