@@ -172,7 +172,10 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_images_must_match_the_entries(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "store", SIZE, IDENTITY, "pillow") as writer, pytest.raises(ValueError, match="one for"):
+    with (
+        StoreWriter(tmp_path / "store", SIZE, IDENTITY, "pillow") as writer,
+        pytest.raises(ValueError, match="one for"),
+    ):
         writer.append([entry(0), entry(1)], image(0)[None])
 
 
@@ -210,7 +213,7 @@ def test_a_changed_pixel_is_found(undisturbed: Path) -> None:
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(InputError, match="0002.png"):
+    with pytest.raises(InputError, match=r"0002\.png"):
         verify_pixels(open_store(undisturbed))
 
 

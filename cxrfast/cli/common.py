@@ -18,7 +18,7 @@ from cxrfast.errors import InputError, ResourceError
 
 Options = TypeVar("Options")
 
-_RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.EIO}
+_RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.EIO}
 
 
 def run(

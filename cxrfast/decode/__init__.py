@@ -27,6 +27,9 @@ MIN_SIZE, MAX_SIZE = 8, 1024
 MAX_PIXELS = 1 << 26
 """The most pixels that a film may declare (8192 × 8192; the largest NIH original has 18 million). Beyond: too large."""
 
+MAX_SIDE = 1 << 16
+"""The longest side that a film may declare, in pixels."""
+
 
 class Code(IntEnum):
     """How the decoding of one film ended."""

@@ -11,18 +11,19 @@ import io
 import os
 import signal
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cxrfast.decode import MAX_PIXELS, PIXEL_RULE, Code, Decoded, Film, Status
+from cxrfast.decode import MAX_PIXELS, MAX_SIDE, PIXEL_RULE, Code, Decoded, Film, Status
 from cxrfast.errors import ResourceError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -59,8 +60,8 @@ def decode(film: Film) -> tuple[Status, np.ndarray | None]:
         return status, None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",) if is_jpeg else ("PNG",)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return Status(Code.TOO_LARGE, f"more than {MAX_PIXELS} pixels"), None
+            if image.width * image.height > MAX_PIXELS:  # a JPEG; a PNG's size was checked
+                return Status(Code.TOO_LARGE, "more than the pixel limit"), None
             image.load()
             if image.mode.startswith("I"):  # 16-bit grey
                 return Status(), (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
@@ -122,6 +123,15 @@ class PillowDecoder:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # A worker holds both ends of its queue, so it never sees that its parent was killed: it would wait forever.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _check_png(data: bytes) -> None:
@@ -159,6 +169,8 @@ def _check_header(header: bytes, position: int) -> None:
     sane = 0 < width < 2**31 and 0 < height < 2**31 and depth in _DEPTHS.get(colour, ())
     if not sane or compression or filtering or interlace > 1:
         raise _Bad(Code.CORRUPT, "invalid IHDR", position)
+    if max(width, height) > MAX_SIDE:
+        raise _Bad(Code.TOO_LARGE, "a side longer than the side limit", position)
     if width * height > MAX_PIXELS:
         raise _Bad(Code.TOO_LARGE, "more than the pixel limit", position)
 
