@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cxrfast.errors import InputError
-from cxrfast.files import sync_file, sync_folder
+from cxrfast.files import sync_folder, write_atomic
 
 LATEST, PREVIOUS = "latest.safetensors", "previous.safetensors"
 
@@ -41,15 +41,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, 
     """Write one safetensors file durably and in one step; ``state`` (JSON values) and a checksum go into its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"state": json.dumps(state, allow_nan=False), "sha256": _digest(contiguous)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(contiguous, temporary, metadata=header)
-        sync_file(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    write_atomic(path, save(contiguous, metadata=header))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

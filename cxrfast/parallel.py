@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cxrfast.errors import InputError, ResourceError
 
@@ -214,19 +213,16 @@ def launch(module: str, argv: Sequence[str], processes: int) -> int:
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended, or one has failed and the rest had time to say why."""
-    while True:
-        codes = [child.poll() for child in children]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            break
-        if all(code == 0 for code in codes):
+    while not any(child.poll() for child in children):
+        if all(child.poll() == 0 for child in children):
             return 0
         time.sleep(0.05)
-    rank, code = failed[0], codes[failed[0]]
-    assert code is not None
-    deadline = time.monotonic() + GRACE_S if code > 0 else time.monotonic()
+    killed = any((child.poll() or 0) < 0 for child in children)
+    deadline = time.monotonic() + (0 if killed else GRACE_S)
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.05)
+    failed = [(child.poll() or 0, rank) for rank, child in enumerate(children) if child.poll()]
+    code, rank = min(failed)  # a process that was killed is the cause, one that lost its neighbour is not
     if code < 0:
         name = signal.Signals(-code).name
         raise ResourceError(f"process {rank} of {len(children)} was killed by {name}; go on with --resume")
