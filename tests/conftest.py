@@ -24,6 +24,16 @@ def films(data: Path) -> list[Path]:
     return sorted((data / "nih" / "images").glob("*.png")) + sorted((data / "nih" / "images_reencoded").glob("*.png"))
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces the native decoder to each instruction set level that the CPU has."""
+    png = pytest.importorskip("cxrfast._png", reason="the compiled decoder is not installed")
+    monkeypatch.setenv("CXRFAST_ISA", request.param)
+    if png.best_isa() != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """`gpu` tests skip without a CUDA device, and fail instead where CXRFAST_REQUIRE_GPU=1."""
     if item.get_closest_marker("gpu") is None:

@@ -21,6 +21,10 @@ constexpr uint64_t kMaxPixels = uint64_t{1} << 48;
 // Deflate's best case is 258 bytes from a length code and a distance code of one bit each.
 constexpr uint64_t kMaxDeflateRatio = 258 * 8 / 2;
 
+// No encoder expands: stored blocks add 5 bytes to 65,535. Empty blocks and bytes behind the checksum are tolerated up
+// to here, so that a small image cannot ask for much memory.
+constexpr uint64_t kMaxExpansion = 2, kExpansionSlack = 1 << 16;
+
 constexpr uint32_t type_of(const char (&name)[5]) {
   return static_cast<uint32_t>(name[0]) << 24 | static_cast<uint32_t>(name[1]) << 16 |
          static_cast<uint32_t>(name[2]) << 8 | static_cast<uint32_t>(name[3]);
@@ -222,8 +226,10 @@ Status read_chunks(const uint8_t* file, size_t nbytes, const Limits& limits, Isa
       return {Code::kUnsupported, reason::kUnknownCritical, static_cast<int64_t>(offset)};
     }
   }
-  if (chunks.header.filtered_nbytes() > kMaxDeflateRatio * chunks.idat_nbytes) {
-    return corrupt(reason::kDataEndsEarly, chunks.idat_end);
+  const uint64_t filtered_nbytes = chunks.header.filtered_nbytes();
+  if (filtered_nbytes > kMaxDeflateRatio * chunks.idat_nbytes) return corrupt(reason::kDataEndsEarly, chunks.idat_end);
+  if (chunks.idat_nbytes > kMaxExpansion * filtered_nbytes + kExpansionSlack) {
+    return corrupt(reason::kTooMuchData, chunks.idat_end);
   }
   *chunks_ret = chunks;
   return {};
