@@ -163,9 +163,14 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _write_film(job: _Job) -> None:
-    path, *film = job
-    write_atomic(path, film_bytes(*film))
+    path, case, size, seed, index = job
+    write_atomic(path, film_bytes(case, size, seed, index))

@@ -79,7 +79,7 @@ def encode_grey(image: np.ndarray, time: tuple[int, int, int, int, int, int]) ->
     ``time``: year, month, day, hour, minute, second for the tIME chunk.
     """
     deflate = zlib.compressobj(6, zlib.DEFLATED, 15, 8, zlib.Z_FILTERED)
-    stream = deflate.compress(filter_rows(image)) + deflate.flush()
+    stream = deflate.compress(filter_rows(image).tobytes()) + deflate.flush()
     idats = [stream[at : at + GREY_IDAT_NBYTES] for at in range(0, len(stream), GREY_IDAT_NBYTES)]
     return _file(image, 0, [_time_chunk(time)], idats)
 
@@ -90,7 +90,7 @@ def encode_rgba(image: np.ndarray, time: tuple[int, int, int, int, int, int]) ->
     pixels[:, :, 3] = 255
     # The deflate of those files is not zlib's; level 3 has its header bytes and comes nearest to its size.
     deflate = zlib.compressobj(3, zlib.DEFLATED, 15, 9)
-    stream = deflate.compress(filter_rows(pixels, (SUB, UP, AVERAGE))) + deflate.flush()
+    stream = deflate.compress(filter_rows(pixels, (SUB, UP, AVERAGE)).tobytes()) + deflate.flush()
     starts = [0, *range(RGBA_FIRST_IDAT_NBYTES, len(stream), RGBA_IDAT_NBYTES)]
     idats = [stream[a:b] for a, b in zip(starts, [*starts[1:], len(stream)], strict=True)]
     before = [
