@@ -1,0 +1,46 @@
+"""Write constraints.txt from what is installed in this environment: `python tools/pin.py > constraints.txt`.
+
+Packages whose pinned version has left Python 3.10 behind get a second pin for it, the last version that had not.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import distributions
+
+# Asked of `pip install --dry-run --python-version 3.10`; to be renewed when a pin above is.
+FOR_PYTHON_3_10 = {
+    "contourpy": "1.3.2",
+    "filelock": "4.1.0",
+    "fonttools": "4.65.0",
+    "hypothesis": "6.168.5",
+    "imagecodecs": "2025.3.30",
+    "matplotlib": "3.10.9",
+    "networkx": "3.4.2",
+    "numpy": "2.2.6",
+    "pandas": "2.3.3",
+    "pandas-stubs": "2.3.3.260113",
+    "pillow": "12.3.0",
+    "pycparser": "3.11",
+    "python-dateutil": "3.0.0",
+    "scikit-learn": "1.7.2",
+    "scipy": "1.15.3",
+}
+
+
+def main() -> None:
+    """Print one line a package, sorted; two for those that need another version on Python 3.10."""
+    print("# Every version, for the Makefile's installations. Written by tools/pin.py.")
+    for distribution in sorted(distributions(), key=lambda found: found.name.lower()):
+        name, pin = distribution.name.lower().replace("_", "-"), distribution.version.split("+")[0]
+        if name == "cxrfast":
+            continue
+        if ">=3.11" in (distribution.metadata.get("Requires-Python") or ""):
+            print(f'{name}=={pin}; python_version >= "3.11"')
+            if name in FOR_PYTHON_3_10:
+                print(f'{name}=={FOR_PYTHON_3_10[name]}; python_version < "3.11"')
+        else:
+            print(f"{name}=={pin}")
+
+
+if __name__ == "__main__":
+    main()
