@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cxrfast import report
-from cxrfast.auc import AucCounts, AucResult
+from cxrfast.auc import AucCounts, AucResult, exact_auc
 from cxrfast.data import FilmData
 from cxrfast.decode import pillow
 from cxrfast.devices import choose_device, choose_precision
@@ -37,7 +37,7 @@ from cxrfast.store import Store, open_store
 from cxrfast.train import read_metrics
 
 _ROC_POINTS = 1000  # more than a panel has pixels
-_SHOWN_FILMS = 2  # in the figure of the preparation
+_SHOWN_FILMS = 2  # in the figure of the preparation, each of another patient
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ class Scores:
         logits: float32 (N, 14), in the order of ``split.test``.
         targets: float32 (N, 14): 1, 0 or NaN = unknown.
         patients: int64 (N,).
-        counts: of the logits.
-        result: AUC, interval, positives and negatives.
+        counts: of the logits; the ROC curves come from them.
+        result: of the counts: the interval, positives and negatives.
+        auc: float64 (14,), exact, by sorting, inside that interval; NaN = undefined.
         error: float64 (14,), standard error of each AUC over resampled patients; NaN = not computed or undefined.
         macro_error: that of the macro average.
     """
@@ -96,12 +97,14 @@ class Scores:
     patients: np.ndarray
     counts: AucCounts
     result: AucResult
+    auc: np.ndarray
     error: np.ndarray
     macro_error: float
 
     @property
-    def auc(self) -> list[float]:
-        return [float(value) for value in self.result.auc]
+    def macro(self) -> float:
+        """Mean over the defined classes; NaN when there is none."""
+        return float(np.nanmean(self.auc)) if self.result.defined else math.nan
 
 
 def evaluate(config: EvalConfig) -> tuple[list[Scores], list[Path]]:
@@ -207,10 +210,25 @@ def score_run(run: Run, name: str, store: Store, split: Split, device: torch.dev
     counts = AucCounts(len(CLASSES), names=CLASSES)
     counts.update(logits, targets)
     result = counts.compute()
+    auc = np.asarray(exact_auc(logits, targets))
+    _check_interval(auc, result)
     patients = store.index["patient"].to_numpy(np.int64)[split.test]
     error, macro_error = standard_errors(logits.numpy(), targets.numpy(), patients, config.bootstrap)
     return Scores(
-        run, name, config.weights, epoch, store, split, logits, targets, patients, counts, result, error, macro_error
+        run,
+        name,
+        config.weights,
+        epoch,
+        store,
+        split,
+        logits,
+        targets,
+        patients,
+        counts,
+        result,
+        auc,
+        error,
+        macro_error,
     )
 
 
@@ -248,6 +266,14 @@ def standard_errors(
     return np.array(errors), float(macro.std(ddof=1)) if len(macro) > 1 else math.nan
 
 
+def _check_interval(auc: np.ndarray, result: AucResult) -> None:
+    """Two ways to the same number, by sorting and by counting, must agree before either is shown."""
+    low, high = result.low.numpy(), result.high.numpy()
+    for c in np.flatnonzero(~np.isnan(auc)):
+        if not low[c] - 1e-12 <= auc[c] <= high[c] + 1e-12:  # float64's rounding of the quotients
+            raise RuntimeError(f"the AUC of {CLASSES[c]} is {auc[c]}, outside of [{low[c]}, {high[c]}]: a bug")
+
+
 def format_scores(scores: Scores) -> str:
     """The table for people, its split above it."""
     n_patients = len(np.unique(scores.patients))
@@ -255,7 +281,7 @@ def format_scores(scores: Scores) -> str:
         f"{scores.name} ({scores.run.model}) on the test side of split {scores.split}: "
         f"{len(scores.patients):,} films of {n_patients:,} patients",
         f"  weights of epoch {scores.epoch}, {selection(scores)}",
-        f"  {'class':20}{'AUC':>8}{'interval':>20}{'std. error':>12}{'positive':>10}{'negative':>10}",
+        f"  {'class':20}{'AUC':>8}{'counted between':>20}{'std. error':>12}{'positive':>10}{'negative':>10}",
     ]
     for row in score_rows(scores):
         interval = "" if math.isnan(row["auc"]) else f"{row['low']:.5f}–{row['high']:.5f}"
@@ -265,7 +291,7 @@ def format_scores(scores: Scores) -> str:
         )
     result = scores.result
     macro = f"macro, {result.defined} of {len(CLASSES)}"
-    lines.append(f"  {macro:20}{_number(result.macro, 4):>8}{'':20}{_number(scores.macro_error, 4):>12}")
+    lines.append(f"  {macro:20}{_number(scores.macro, 4):>8}{'':20}{_number(scores.macro_error, 4):>12}")
     return "\n".join(lines)
 
 
@@ -285,7 +311,7 @@ def score_rows(scores: Scores) -> list[dict[str, Any]]:
     return [
         {
             "class": name,
-            "auc": float(result.auc[c]),
+            "auc": float(scores.auc[c]),
             "low": float(result.low[c]),
             "high": float(result.high[c]),
             "standard_error": float(scores.error[c]),
@@ -309,10 +335,10 @@ def summary(scores: Scores) -> dict[str, Any]:
         "split_digest": scores.split.digest,
         "test_images": len(scores.patients),
         "test_patients": len(np.unique(scores.patients)),
-        "macro_auc": _json(scores.result.macro),
+        "macro_auc": _json(scores.macro),
         "macro_standard_error": _json(scores.macro_error),
         "classes_defined": scores.result.defined,
-        "auc": {name: _json(value) for name, value in zip(CLASSES, scores.auc, strict=True)},
+        "auc": {name: _json(float(value)) for name, value in zip(CLASSES, scores.auc, strict=True)},
     }
 
 
@@ -346,7 +372,7 @@ def _write_own(scores: Scores, folder: Path, figures: bool) -> list[Path]:
     written = [folder / "auc.csv", folder / "predictions.csv"]
     if figures:
         curves = [scores.counts.roc(c, _ROC_POINTS) for c in range(len(CLASSES))]
-        figure = report.roc_figure([(scores.name, curves, scores.auc)], str(scores.split))
+        figure = report.roc_figure([(scores.name, curves, scores.auc.tolist())], str(scores.split))
         written += report.save_figure(figure, folder, "roc")
         epochs = read_metrics(scores.run.path)
         trained_on = f"{scores.run.split_name} ({scores.run.split_digest[:12]})"
@@ -364,7 +390,10 @@ def _write_shared(scores: Sequence[Scores], folder: Path, figures: bool) -> list
     if not figures:
         return written
     if len(scores) > 1:
-        curves = [(one.name, [one.counts.roc(c, _ROC_POINTS) for c in range(len(CLASSES))], one.auc) for one in scores]
+        curves = [
+            (one.name, [one.counts.roc(c, _ROC_POINTS) for c in range(len(CLASSES))], one.auc.tolist())
+            for one in scores
+        ]
         written += report.save_figure(report.roc_figure(curves, str(scores[0].split)), folder, "roc_compared")
     store, run = scores[0].store, scores[0].run
     for name, draw in (
@@ -374,7 +403,9 @@ def _write_shared(scores: Sequence[Scores], folder: Path, figures: bool) -> list
         ("view", report.view_figure),
     ):
         written += report.save_figure(draw(store.index), folder, name)
-    rows = scores[0].split.test[:_SHOWN_FILMS]
+    test = scores[0].split.test
+    _, first_films = np.unique(scores[0].patients, return_index=True)
+    rows = test[np.sort(first_films)[:_SHOWN_FILMS]]
     names = store.index["file"].iloc[rows].tolist()
     figure = report.preparation_figure(names, _originals(store, names), store.images[rows], *run.normalisation)
     return written + report.save_figure(figure, folder, "preparation")
