@@ -92,7 +92,5 @@ def random_png(
     """A valid PNG file; see filtered_rows for the rest of the options."""
     data = filtered_rows(rng, width, height, color, depth, interlace, **rows)  # type: ignore[arg-type]
     palette = [(b"PLTE", rng.bytes(3 << depth))] if color == 3 else []
-    return join(
-        [ihdr(width, height, color, depth, interlace), *palette, *idats(zlib.compress(data, level), idat_nbytes)]
-        + [(b"IEND", b"")]
-    )
+    head = [ihdr(width, height, color, depth, interlace), *palette]
+    return join([*head, *idats(zlib.compress(data, level), idat_nbytes), (b"IEND", b"")])

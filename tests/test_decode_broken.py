@@ -120,7 +120,8 @@ def test_damaged_films(films: list[Path], libpng: Libpng, damage: Damage, count:
                 assert whole_status.ok
                 assert np.array_equal(whole, expected)
     assert sum(ends.values()) == count
-    assert set(ends) > {"ok"} or damage is splice  # the damage that does not show is a part of the test
+    if damage is damage_rows:
+        assert ends["ok"] > count // 4  # otherwise the pixels of damaged films were hardly compared
     print(dict(ends))
 
 

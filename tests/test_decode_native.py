@@ -1,5 +1,6 @@
-"""The native decoder's dangers: pixels that differ from Pillow's, at some size, ISA level or grouping; a broken file that
-gives an image, a crash or no reason; memory or time taken before a limit is looked at; a bad film that spoils its batch.
+"""The native decoder's dangers: pixels that differ from Pillow's, at some size, ISA level or grouping; a broken file
+that gives an image, a crash or no reason; memory or time taken before a limit is looked at; a bad film that spoils its
+batch.
 """
 
 from __future__ import annotations
@@ -372,7 +373,7 @@ def test_reason_and_offset(reason: str, file: bytes) -> None:
     decoded = cxrfast.decode_resize([file], 16, threads=1)
     assert str(decoded.statuses[0]) == reason.strip()
     assert not decoded.images.any()
-    with pytest.raises(InputError, match="corrupt|unsupported|too_large"):
+    with pytest.raises(InputError, match=r"^(corrupt|unsupported|too_large): "):
         cxrfast.decode(file)
 
 
