@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-GRID = 512  # anatomy is drawn on this grid, then enlarged; its sharpest edges are as soft as a real film's
+GRID = 384  # anatomy is drawn on this grid, then enlarged; its sharpest edges are as soft as a real film's
 _CLASSES_DRAWN: dict[str, Callable[[Chest], None]] = {}
 
 
@@ -140,9 +140,9 @@ class Chest:
         )
         torso = _ramp((y - shoulder) / np.float32(0.03)) * _ramp((flank - ax) / np.float32(0.03))
         neck = _ramp((np.float32(0.1) - ax) / np.float32(0.03)) * _ramp((np.float32(0.3) - y) / np.float32(0.1))
-        skin = np.maximum(torso, neck)
+        skin = self.skin = np.maximum(torso, neck)
         depth = 1 - np.minimum(ax * np.float32(1 / 0.55), 1) ** 2
-        self.grey = skin * (np.float32(0.48) + np.float32(0.2) * depth) + np.float32(0.025)
+        self.grey = skin * (np.float32(0.48) + np.float32(0.2) * depth) - np.float32(0.01)
         if not male and case.age > 13:
             fold = np.float32(body.uniform(0.68, 0.74))
             for side in (-1, 1):
@@ -163,19 +163,18 @@ class Chest:
             dome = self.dome_y[side] + self.dome_curve * (x * side - cx) ** 2
             above = _ramp((dome - y) / np.float32(0.014) + np.float32(0.5))
             self.lung[side] = shape * above
-            self.dome = dome if side == 1 else getattr(self, "dome", dome)
         self.lungs = self.lung[-1] + self.lung[1]
         lung_grey = 0.27 if case.view == "PA" else 0.31
         self.mix(0.15 if self.sick("Emphysema") else lung_grey, self.lungs)
         below = _ramp((y - np.float32(0.72)) / np.float32(0.16)) * skin * (1 - self.lungs)
-        self.mix(0.8, below * np.float32(0.75))
+        self.mix(0.82, below * np.float32(0.8))
         # mediastinum, aortic knob, heart
         width = np.float32(0.052) + np.float32(0.02) * _ramp((y - np.float32(0.3)) / np.float32(0.3))
         pull = 0.0
         if self.sick("Atelectasis"):
             pull = 0.03 * self.atelectatic_side  # the collapsed side draws the middle over
         middle = _ramp((width - np.abs(x - np.float32(pull))) / np.float32(0.018) + np.float32(0.5)) * skin
-        self.mix(0.66, middle)
+        self.mix(0.66, middle * _ramp((np.float32(0.84) - y) / np.float32(0.12)))
         knob = 0.024 + 0.012 * min(max(case.age - 30, 0), 50) / 50
         self.mix(0.66, self.ellipse(0.052 + pull, 0.3, knob, 0.035, 0.015))
         w = float(self.heart_width)
@@ -235,9 +234,9 @@ class Chest:
             along = _ramp((s - np.float32(0.04)) / np.float32(0.02)) * _ramp((np.float32(0.36) - s) / np.float32(0.03))
             bar = np.abs(y - np.float32(0.185) + (s - np.float32(0.05)) * np.float32(0.24))
             bar = _ramp((np.float32(0.013) - bar) / np.float32(0.006) + np.float32(0.5))
-            self.grey += np.float32(0.1) * along * bar
+            self.grey += np.float32(0.1) * along * bar * self.skin
             blade = 0.345 if self.case.view == "AP" else 0.4
-            self.grey += np.float32(0.07) * self.ellipse(side * blade, 0.29, 0.055, 0.13, 0.015, 0.3 * side)
+            self.grey += np.float32(0.07) * self.skin * self.ellipse(side * blade, 0.29, 0.055, 0.13, 0.015, 0.3 * side)
 
 
 def _expose(chest: Chest, size: int) -> np.ndarray:
@@ -255,7 +254,7 @@ def _expose(chest: Chest, size: int) -> np.ndarray:
 
 
 GRAIN = ((1, 1.0), (2, 1.0), (4, 1.0))  # octave in pixels, strength in grey levels
-WHITE = 0.7  # the part of the first octave that no optics blurred
+WHITE = 0.8  # the part of the first octave that no optics blurred
 
 
 def _grain(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -281,7 +280,7 @@ def _grain(rng: np.random.Generator, size: int) -> np.ndarray:
         else:
             across = np.asarray(Image.fromarray(across).resize((size, height), Image.Resampling.BICUBIC))
         band += across
-    band *= np.float32(rng.uniform(0.7, 1.25))  # the dose differs from film to film
+    band *= np.float32(rng.uniform(0.75, 1.3))  # the dose differs from film to film
     return np.concatenate([band, band[:, ::-1], band[::-1], band[::-1, ::-1]])[:size]
 
 
