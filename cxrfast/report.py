@@ -219,7 +219,7 @@ def roc_figure(runs: Sequence[tuple[str, Sequence[RocCurve], Sequence[float]]], 
         split: what the curves were measured on; stands in the title.
     """
     figure = Figure(figsize=(12.5, 8.2), layout="constrained")
-    grid = figure.subplots(3, 5).flatten()
+    grid = figure.subplots(3, 5, sharex=True, sharey=True).flatten()
     for c, name in enumerate(CLASSES):
         axes: Axes = grid[c]
         axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":")
@@ -235,7 +235,7 @@ def roc_figure(runs: Sequence[tuple[str, Sequence[RocCurve], Sequence[float]]], 
         axes.set_aspect("equal")
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, labelbottom=c >= 9)  # the legend, not a panel, is below the tenth
     legend: Axes = grid[-1]
     legend.set_axis_off()
     for i, (name, _, auc) in enumerate(runs):
