@@ -34,7 +34,7 @@ def main() -> None:
         name, pin = distribution.name.lower().replace("_", "-"), distribution.version.split("+")[0]
         if name == "cxrfast":
             continue
-        if ">=3.11" in (distribution.metadata.get("Requires-Python") or ""):
+        if ">=3.11" in str(distribution.metadata.json.get("requires_python", "")):
             print(f'{name}=={pin}; python_version >= "3.11"')
             if name in FOR_PYTHON_3_10:
                 print(f'{name}=={FOR_PYTHON_3_10[name]}; python_version < "3.11"')
