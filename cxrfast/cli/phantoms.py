@@ -13,7 +13,6 @@ from typing import Any
 import tyro
 
 from cxrfast.cli.common import run
-from cxrfast.phantoms.generate import generate
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(config: PhantomsConfig) -> tuple[int, dict[str, Any]]:
+    from cxrfast.phantoms.generate import generate  # not above: the workers, which import this file, need no pandas
+
     result = generate(config.out, config.images, config.seed, config.size, config.workers)
     print(f"{result['images']} films of {result['patients']} patients are in {config.out}")
     return 0, result

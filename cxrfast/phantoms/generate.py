@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,13 +23,13 @@ from cxrfast.files import write_atomic, write_json
 from cxrfast.nih import CLASSES, TEST_LIST, TRAIN_LIST
 from cxrfast.phantoms import png
 from cxrfast.phantoms.cases import Cases, make_cases
-from cxrfast.phantoms.draw import Case, draw_film
+from cxrfast.phantoms.draw import Case
+from cxrfast.phantoms.film import Job, is_rgba, start_worker, write_film
 
 CSV_NAME = "Data_Entry_2017_v2020.csv"
 RECORD_NAME = "phantoms.json"  # which set the folder holds or is to hold
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_IMAGES = 1_000_000
-RGBA_EVERY = 100  # films; NIH has about 1 % of them
 
 
 def generate(out: Path, images: int, seed: int, size: int = 1024, workers: int | None = None) -> dict[str, Any]:
@@ -72,20 +70,6 @@ def generate(out: Path, images: int, seed: int, size: int = 1024, workers: int |
         "nbytes": sum(path.stat().st_size for path in paths),
         "positives": dict(zip(CLASSES, cases.labels.sum(axis=0).tolist(), strict=True)),
     }
-
-
-def is_rgba(seed: int, index: int) -> bool:
-    """Whether film ``index`` is encoded as RGBA: one of every hundred in a row, which one the seed says."""
-    return (index - seed) % RGBA_EVERY == RGBA_EVERY // 2
-
-
-def film_bytes(case: Case, size: int, seed: int, index: int) -> bytes:
-    """The PNG file of film ``index``."""
-    encode = png.encode_rgba if is_rgba(seed, index) else png.encode_grey
-    minutes, second = divmod(index, 60)
-    hours, minute = divmod(minutes, 60)
-    # NIH's films carry times of September 2016; here they count the films
-    return encode(draw_film(case, size), (2016, 9, 1 + hours // 24 % 30, hours % 24, minute, second))
 
 
 def _case(cases: Cases, index: int, seed: int) -> Case:
@@ -140,37 +124,16 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_Job = tuple[Path, Case, int, int, int]
-
-
-def _each(jobs: list[_Job], workers: int) -> Iterator[None]:
+def _each(jobs: list[Job], workers: int) -> Iterator[None]:
     """Do every job, in this process or in several; yields as each is done."""
     workers = min(workers, len(jobs))
     if workers <= 1:
-        yield from map(_write_film, jobs)
+        yield from map(write_film, jobs)
         return
     # Processes start afresh: a fork of a process that runs threads (torch, a test) may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, context, initializer=start_worker)
     try:
-        yield from pool.map(_write_film, jobs, chunksize=4)
+        yield from pool.map(write_film, jobs, chunksize=4)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker of a killed parent would wait for jobs for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _write_film(job: _Job) -> None:
-    path, case, size, seed, index = job
-    write_atomic(path, film_bytes(case, size, seed, index))
