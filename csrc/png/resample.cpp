@@ -1,12 +1,15 @@
-// resample.cpp - the weights, and both passes one pixel at a time.
+// resample.cpp - the weights; films through the kernels: a few rows are un-filtered, then resampled while they are hot.
 #include "resample.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "unfilter.h"
 
 namespace cxrfast::png {
+
+static_assert(kPixelPad >= kTransposeColumns);
 
 namespace {
 
@@ -32,14 +35,19 @@ Axis::Axis(uint32_t in_, uint32_t out_) : in(in_), out(out_) {
     exact.clear();
     double sum = 0.0;
     for (uint32_t x = first; x < end; ++x) {
-      const double distance = std::abs(rounded((x - center + 0.5) * shrink));
-      exact.push_back(std::max(0.0, 1.0 - distance));
+      exact.push_back(std::max(0.0, 1.0 - std::abs(rounded((x - center + 0.5) * shrink))));
       sum += exact.back();
     }
-    spans.push_back({first, end - first, weights.size()});
-    for (const double weight : exact) {
-      weights.push_back(static_cast<int32_t>(0.5 + weight / sum * (1 << kWeightBits)));
+    const uint32_t first_pair = first / 2, pairs = (end + 1) / 2 - first_pair;
+    spans.push_back({first_pair, pairs, weights.size()});
+    weights.resize(weights.size() + pairs);
+    for (uint32_t x = first; x < end; ++x) {
+      const int32_t weight = static_cast<int32_t>(0.5 + exact[x - first] / sum * (1 << kWeightBits));
+      WeightPair& pair = weights[spans.back().weights_at + x / 2 - first_pair];
+      pair.high[x % 2] = static_cast<int16_t>(weight >> kWeightLowBits);
+      pair.low[x % 2] = static_cast<int16_t>(weight & ((1 << kWeightLowBits) - 1));
     }
+    longest_span = std::max(longest_span, pairs);
   }
 }
 
@@ -50,54 +58,134 @@ Resampler::Resampler(uint32_t in_w, uint32_t in_h, uint32_t size) : horizontal(i
 
 namespace {
 
-// out[o] for one line of pixels that lie `step` bytes apart, in the source and in the result.
-void resample_line(const Axis& axis, const uint8_t* source, size_t step, uint8_t* out, size_t out_step) {
-  for (const Axis::Span& span : axis.spans) {
-    int64_t sum = 1 << (kWeightBits - 1);
-    for (uint32_t i = 0; i < span.count; ++i) {
-      sum += int64_t{axis.weights[span.weight_at + i]} * source[(span.first + i) * step];
+constexpr Status kNoMemory = {Code::kTooLarge, reason::kOutOfMemory, -1};
+
+constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Room for the longest span; apart from that, as much as the first-level cache holds beside the rest.
+size_t tile_nbytes(const PixelKernels& kernels, const Axis& axis) {
+  const size_t pair_nbytes = 4 * kernels.lines_at_once;
+  constexpr size_t kCached = size_t{1} << 14;
+  return pair_nbytes * std::max(kCached / pair_nbytes, round_up(axis.longest_span + kTilePairs - 1, kTilePairs));
+}
+
+size_t window_stride(size_t width) { return round_up(kWindowLead + width + kWindowTail, 128) + 64; }
+
+// The film between the passes: one line for each output column. Not a multiple of a page, for the cache's sake.
+size_t halved_stride(size_t height) { return round_up(height + kLineTail, 128) + 64; }
+
+// Both passes by the plain sums, for the films whose vertical pass comes first.
+Status resample_vertical_first(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out,
+                               Scratch& scratch) {
+  const Axis& horizontal = resampler.horizontal;
+  const Axis& vertical = resampler.vertical;
+  const size_t width = horizontal.in;
+  if (!scratch.halved.reserve(width) || !scratch.tile.reserve(width * sizeof(uint32_t))) return kNoMemory;
+  uint8_t* halved = scratch.halved.data();
+  uint32_t* sums = reinterpret_cast<uint32_t*>(scratch.tile.data());
+  constexpr uint32_t kHalf = 1u << (kWeightBits - 1);
+  for (const OutputSpan& row_span : vertical.spans) {
+    std::fill_n(sums, width, kHalf);
+    for (size_t y = 2 * size_t{row_span.first_pair}, i = 0; i < 2 * size_t{row_span.pairs} && y < vertical.in;
+         ++y, ++i) {
+      const uint32_t weight = vertical.weight_at(row_span, i);
+      const uint8_t* row = grey + y * stride_bytes;
+      for (size_t x = 0; x < width; ++x) sums[x] += weight * row[x];
     }
-    *out = static_cast<uint8_t>(std::min<int64_t>(sum >> kWeightBits, 255));
-    out += out_step;
+    for (size_t x = 0; x < width; ++x) halved[x] = static_cast<uint8_t>(std::min(sums[x] >> kWeightBits, 255u));
+    for (const OutputSpan& span : horizontal.spans) {
+      uint32_t sum = kHalf;
+      for (size_t x = 2 * size_t{span.first_pair}, i = 0; i < 2 * size_t{span.pairs} && x < width; ++x, ++i) {
+        sum += horizontal.weight_at(span, i) * halved[x];
+      }
+      *out++ = static_cast<uint8_t>(std::min(sum >> kWeightBits, 255u));
+    }
   }
+  return {};
+}
+
+// Calls fill(y, count, window, stride) to put rows y .. y + count - 1 into the window, for all rows from the first one
+// on, and resamples them.
+template <typename Fill>
+Status resample_groups(const Resampler& resampler, const PixelKernels& kernels, uint8_t* out, Scratch& scratch,
+                       Fill fill) {
+  const Axis& horizontal = resampler.horizontal;
+  const Axis& vertical = resampler.vertical;
+  const size_t size = horizontal.out, height = vertical.in;
+  const size_t stride = window_stride(horizontal.in), between = halved_stride(height);
+  const size_t tile = std::max(tile_nbytes(kernels, horizontal), tile_nbytes(kernels, vertical));
+  if (!scratch.window.reserve(kernels.group_rows * stride) || !scratch.halved.reserve(size * between) ||
+      !scratch.tile.reserve(tile)) {
+    return kNoMemory;
+  }
+  uint8_t* window = scratch.window.data() + kWindowLead;
+  uint8_t* halved = scratch.halved.data();
+  for (size_t y = 0; y < height; y += kernels.group_rows) {
+    const size_t count = std::min(kernels.group_rows, height - y);
+    fill(y, count, window, stride);
+    kernels.resample_lines(horizontal.spans.data(), size, horizontal.weights.data(), window, stride, count, halved + y,
+                           between, scratch.tile.data(), tile);
+  }
+  kernels.resample_lines(vertical.spans.data(), size, vertical.weights.data(), halved, between, size, out, size,
+                         scratch.tile.data(), tile);
+  return {};
+}
+
+Status unfilter_resample(const PixelJob& job, const PixelKernels& kernels, Scratch& scratch) {
+  const size_t width = job.width, row_nbytes = width + 1;
+  for (size_t y = 0; y < job.height; ++y) {
+    if (job.rows[y * row_nbytes] > kPaeth) {
+      return {Code::kCorrupt, reason::kRowFilter, static_cast<int64_t>(y * row_nbytes)};
+    }
+  }
+  if (job.resampler->vertical_first) {
+    const Status status = unfilter(job.rows, job.height, width, 1);
+    return status.ok() ? resample_vertical_first(*job.resampler, job.rows + 1, row_nbytes, job.out, scratch) : status;
+  }
+  if (!scratch.above.reserve(kAboveLead + width + kAboveTail)) return kNoMemory;
+  uint8_t* above = scratch.above.data() + kAboveLead;
+  std::memset(above - kAboveLead, 0xff, kAboveLead + width + kAboveTail);
+  return resample_groups(*job.resampler, kernels, job.out, scratch,
+                         [&](size_t y, size_t count, uint8_t* window, size_t stride) {
+                           kernels.unfilter_rows(job.rows + y * row_nbytes, count, width, above, window, stride);
+                           const uint8_t* last = window + (count - 1) * stride;
+                           for (size_t x = 0; x < width; ++x) above[x] = static_cast<uint8_t>(~last[x]);
+                         });
 }
 
 }  // namespace
 
 Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
-                Isa) {
-  const Axis& horizontal = resampler.horizontal;
-  const Axis& vertical = resampler.vertical;
-  const size_t size = horizontal.out;
-  if (!scratch.halved.reserve(size * std::max(horizontal.in, vertical.in))) {
-    return {Code::kTooLarge, reason::kOutOfMemory, -1};
-  }
-  uint8_t* halved = scratch.halved.data();
-  if (resampler.vertical_first) {
-    const size_t width = horizontal.in;
-    for (size_t x = 0; x < width; ++x) resample_line(vertical, grey + x, stride_bytes, halved + x, width);
-    for (size_t y = 0; y < size; ++y) resample_line(horizontal, halved + y * width, 1, out + y * size, 1);
-  } else {
-    for (size_t y = 0; y < vertical.in; ++y)
-      resample_line(horizontal, grey + y * stride_bytes, 1, halved + y * size, 1);
-    for (size_t x = 0; x < size; ++x) resample_line(vertical, halved + x, size, out + x, size);
-  }
-  return {};
+                Isa isa) {
+  if (resampler.vertical_first) return resample_vertical_first(resampler, grey, stride_bytes, out, scratch);
+  const size_t width = resampler.horizontal.in;
+  return resample_groups(resampler, pixel_kernels(isa), out, scratch,
+                         [&](size_t y, size_t count, uint8_t* window, size_t stride) {
+                           // Copied, because the caller's rows end where they end.
+                           for (size_t k = 0; k < count; ++k) {
+                             std::memcpy(window + k * stride, grey + (y + k) * stride_bytes, width);
+                           }
+                         });
 }
 
 void unfilter_resample_grey8(PixelJob* jobs, size_t count, Scratch& scratch, Isa isa) {
+  const PixelKernels& kernels = pixel_kernels(isa);
   for (PixelJob* job = jobs; job != jobs + count; ++job) {
     job->sum = job->sumsq = 0;
-    job->status = unfilter(job->rows, job->height, job->width, 1);
+    job->status = unfilter_resample(*job, kernels, scratch);
     if (!job->status.ok()) continue;
-    job->status = resample(*job->resampler, job->rows + 1, size_t{job->width} + 1, job->out, scratch, isa);
-    if (!job->status.ok()) continue;
-    const size_t pixels = size_t{job->resampler->horizontal.out} * job->resampler->vertical.out;
-    for (size_t i = 0; i < pixels; ++i) {
-      job->sum += job->out[i];
-      job->sumsq += job->out[i] * job->out[i];
-    }
+    const size_t size = job->resampler->horizontal.out;
+    kernels.sum_pixels(job->out, size * size, &job->sum, &job->sumsq);
   }
+}
+
+const PixelKernels& pixel_kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return kAvx512PixelKernels;
+  if (isa == Isa::kAvx2) return kAvx2PixelKernels;
+#endif
+  (void)isa;
+  return kPortablePixelKernels;
 }
 
 }  // namespace cxrfast::png

@@ -15,30 +15,29 @@
 
 #include "buffer.h"
 #include "isa.h"
+#include "pixel_kernels.h"
 #include "status.h"
 
 namespace cxrfast::png {
 
-constexpr int kWeightBits = 22;  // Pillow's PRECISION_BITS: 32 - 8 (a pixel) - 2 (room for filters that overshoot)
-
-// The weights along one axis, for in pixels to out pixels.
-class Axis {
- public:
-  Axis(uint32_t in, uint32_t out);  // both at least 1; the one place of this part that may throw: std::bad_alloc
-
-  // Output pixel o is the sum of weight(o)[i] * source[first(o) + i] for i in [0, count(o)).
-  struct Span {
-    uint32_t first, count;
-    size_t weight_at;
-  };
+// The weights along one axis, from in pixels to out pixels (both at least 1).
+struct Axis {
+  Axis(uint32_t in, uint32_t out);
 
   uint32_t in, out;
-  std::vector<Span> spans;       // out
-  std::vector<int32_t> weights;  // in [0, 2^22]; those of one output pixel sum to 2^22 but for rounding
+  std::vector<OutputSpan> spans;    // one for each output pixel
+  std::vector<WeightPair> weights;  // those of one output pixel sum to 2^22 but for rounding
+  uint32_t longest_span = 0;        // pairs
+
+  // The weight of source pixel 2 * span.first_pair + i.
+  uint32_t weight_at(const OutputSpan& span, size_t i) const {
+    const WeightPair& pair = weights[span.weights_at + i / 2];
+    return (static_cast<uint32_t>(pair.high[i % 2]) << kWeightLowBits) + static_cast<uint32_t>(pair.low[i % 2]);
+  }
 };
 
-class Resampler {
- public:
+// Making one may throw std::bad_alloc; nothing else of this part throws.
+struct Resampler {
   Resampler(uint32_t in_w, uint32_t in_h, uint32_t size);
 
   Axis horizontal, vertical;
@@ -47,8 +46,10 @@ class Resampler {
 
 // Memory that one thread keeps from film to film.
 struct Scratch {
-  Buffer rows;    // un-filtered rows
-  Buffer halved;  // after the horizontal pass
+  Buffer window;  // un-filtered rows
+  Buffer halved;  // the film after its first pass
+  Buffer tile;    // a few columns of many lines
+  Buffer above;   // the row above the window
 };
 
 // grey: in_h rows of in_w pixels, stride_bytes apart. out: size * size, row by row.
@@ -57,7 +58,7 @@ Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_b
                 Isa isa);
 
 // Bytes that must be readable behind the filtered rows of a PixelJob. Their values never matter.
-constexpr size_t kPixelPad = 128;
+constexpr size_t kPixelPad = 16;
 
 // One film of 8-bit grey rows, as inflate leaves them.
 struct PixelJob {

@@ -1,0 +1,276 @@
+// pixel_kernels_impl.h - un-filter as a wavefront and resample by 16-bit multiply-adds, over any vector width.
+//
+// Each instruction set's file defines `Lanes`, its vectors of kBytes pixels, and includes this file where its
+// instructions are switched on. Operations are within 128-bit parts wherever the instruction set has them so; the order
+// of rows is chosen so that it comes out right (part q holds rows 16 q .. 16 q + 15).
+#include <algorithm>
+#include <cstring>
+
+#include "pixel_kernels.h"
+#include "unfilter.h"
+
+namespace cxrfast::png {
+
+namespace {
+
+constexpr size_t kPart = 16;  // bytes of a 128-bit part
+static_assert(kTransposeColumns == kPart);
+
+// Transposes 16 x 16 bytes in each part: four rounds that interleave the upper half of the vectors with the lower one.
+template <typename V>
+inline __attribute__((always_inline)) void transpose(typename V::U8 (&v)[kPart]) {
+  typename V::U8 t[kPart];
+  for (int round = 0; round < 2; ++round) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) {
+      t[2 * i] = V::interleave_low(v[i], v[i + 8]);
+      t[2 * i + 1] = V::interleave_high(v[i], v[i + 8]);
+    }
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) {
+      v[2 * i] = V::interleave_low(t[i], t[i + 8]);
+      v[2 * i + 1] = V::interleave_high(t[i], t[i + 8]);
+    }
+  }
+}
+
+// Note [un-filter as a wavefront]
+// A pixel needs its left neighbour, so a row is one chain of dependent steps; but a row may follow the one above one
+// column behind. Lane k is row k: in step t it un-filters column t - k. What lies above it then is lane k - 1's result
+// of step t - 1, what lies above left that of step t - 2.
+//
+// Only the first lane of each 128-bit part stays one column further behind, and with it all that follow: lane k is at
+// column t - delay(k), delay(k) = k + k / 16. Moving a pixel from one part to the next takes the processor several
+// cycles, and so it has a whole step of time for it.
+//
+// Lanes hold complements (255 - value): with those, pavgb's rounding up is the rounding down that Average asks for, and
+// the other predictors do not change, for they only compare and choose. value = x + predictor becomes
+// ~value = ~predictor - x.
+//
+// The filter of a lane is three masks that turn neighbours into zero before one Paeth predictor for all: None sees only
+// zeros, Sub only a, Up only b. Average lanes see zeros too and add the mean instead.
+template <typename V, size_t kVectors>
+struct Wavefront {
+  using U8 = typename V::U8;
+  static constexpr size_t kBytes = V::kBytes;
+  static constexpr size_t kRows = kBytes * kVectors;
+  static constexpr size_t delay(size_t k) { return k + k / kPart; }
+  static_assert(kRows <= kMaxGroupRows && delay(kRows - 1) <= kMaxDelay && kBytes <= kAboveLead);
+
+  // Steps between two transpositions: four parts, so that a cache line of a row is read at one go. (Rows of 1025 bytes,
+  // each read one column further left, lie 1024 bytes apart, and a first-level cache has only four places for those.)
+  static constexpr size_t kBlock = kBlockColumns;
+
+  struct Masks {
+    alignas(64) uint8_t a[kRows], b[kRows], c[kRows], mean[kRows];  // 0xff where that neighbour counts as zero
+    alignas(64) uint8_t delay[kRows];  // a lane's steps before its first pixel; until then it stays zero
+  };
+
+  static void set_masks(const uint8_t* rows, size_t count, size_t row_nbytes, Masks& masks) {
+    for (size_t k = 0; k < kRows; ++k) {
+      const uint8_t filter = k < count ? rows[k * row_nbytes] : static_cast<uint8_t>(kNone);
+      masks.a[k] = filter == kSub || filter == kPaeth ? 0 : 0xff;
+      masks.b[k] = filter == kUp || filter == kPaeth ? 0 : 0xff;
+      masks.c[k] = filter == kPaeth ? 0 : 0xff;
+      masks.mean[k] = filter == kAverage ? 0 : 0xff;
+      masks.delay[k] = static_cast<uint8_t>(delay(k));
+    }
+  }
+
+  // The neighbour nearest to a + b - c. With low <= high the values of a and b: if c - low >= 2 (high - c), the sum
+  // lies at or below low; if high - c >= 2 (c - low), at or above high; else c is nearest. Subtraction that stops at 0
+  // makes that right outside [low, high] too, and equal distances fall as the specification has them (tested over all
+  // 2^24 triples).
+  static inline __attribute__((always_inline)) U8 paeth(U8 a, U8 b, U8 c) {
+    const U8 low = V::min(a, b), high = V::max(a, b);
+    const U8 below = V::subtract_to_zero(c, low), over = V::subtract_to_zero(high, c);
+    const U8 high_or_c = V::where_not_less(over, V::add_to_255(below, below), high, c);
+    return V::where_not_less(below, V::add_to_255(over, over), low, high_or_c);
+  }
+
+  static void unfilter_rows(const uint8_t* rows, size_t count, size_t width, const uint8_t* above, uint8_t* window,
+                            size_t window_stride) {
+    const size_t row_nbytes = width + 1;
+    Masks masks;
+    set_masks(rows, count, row_nbytes, masks);
+
+    // Column -delay(k) of row k. The lanes of missing rows repeat the last one: their results are never read.
+    const uint8_t* source[kRows];
+    for (size_t k = 0; k < kRows; ++k) {
+      const size_t row = std::min(k, count - 1);
+      source[k] = rows + row * row_nbytes + 1 - delay(row);
+    }
+
+    alignas(64) uint8_t block[kBlock][kRows];  // what goes into each step, then what came out of it
+    const U8 zeros = V::fill(0xff);            // as complements
+    U8 left[kVectors], above_left[kVectors], carried[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) left[v] = above_left[v] = carried[v] = zeros;
+    carried[0] = V::carry(V::load_unaligned(above + 1 - kBytes), zeros);
+
+    const size_t steps = width + delay(count - 1);
+    for (size_t step = 0; step < steps; step += kBlock) {
+      const size_t block_steps = std::min(kBlock, (steps - step + kPart - 1) / kPart * kPart);
+      for (size_t i = 0; i < kRows; ++i) __builtin_prefetch(rows + kRows * row_nbytes + step * kRows + i * kBlock);
+
+      for (size_t v = 0; v < kVectors; ++v) {
+        for (size_t t = 0; t < block_steps; t += kPart) {
+          U8 x[kPart];
+#pragma GCC unroll 16
+          for (size_t k = 0; k < kPart; ++k) x[k] = V::gather_parts(source + v * kBytes + k, step + t);
+          transpose<V>(x);
+#pragma GCC unroll 16
+          for (size_t k = 0; k < kPart; ++k) V::store(block[t + k] + v * kBytes, x[k]);
+        }
+      }
+      for (size_t t = 0; t < block_steps && step + t < delay(kRows - 1); ++t) {
+        for (size_t v = 0; v < kVectors; ++v) {
+          uint8_t* at = block[t] + v * kBytes;
+          const U8 now = V::fill(static_cast<uint8_t>(step + t));
+          V::store(at, V::where_not_less(now, V::load(masks.delay + v * kBytes), V::load(at), V::fill(0)));
+        }
+      }
+      for (size_t t = 0; t < block_steps; ++t) {
+        U8 up[kVectors];
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          up[v] = V::shift_in(carried[v], left[v]);
+          carried[v] = V::carry(v > 0 ? left[v - 1] : V::load_unaligned(above + (step + t + 2) - kBytes), left[v]);
+        }
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          const size_t at = v * kBytes;
+          const U8 a = V::either(left[v], V::load(masks.a + at));
+          const U8 b = V::either(up[v], V::load(masks.b + at));
+          const U8 mean = V::either(V::mean(left[v], up[v]), V::load(masks.mean + at));
+          const U8 predictor = V::both(paeth(a, b, above_left[v]), mean);
+          left[v] = V::subtract(predictor, V::load(block[t] + at));
+          above_left[v] = V::either(b, V::load(masks.c + at));
+          V::store(block[t] + at, left[v]);
+        }
+      }
+      for (size_t v = 0; v < kVectors; ++v) {
+        for (size_t t = 0; t < block_steps; t += kPart) {
+          U8 x[kPart];
+#pragma GCC unroll 16
+          for (size_t k = 0; k < kPart; ++k) x[k] = V::load(block[t + k] + v * kBytes);
+          transpose<V>(x);
+          uint8_t* row = window + v * kBytes * window_stride + step + t - delay(v * kBytes);
+#pragma GCC unroll 16
+          for (size_t k = 0; k < kPart; ++k) {
+            V::scatter_parts(V::complement(x[k]), row + k * (window_stride - 1), kPart * window_stride - delay(kPart));
+          }
+        }
+      }
+    }
+  }
+};
+
+// ---- resample ----
+
+template <typename V>
+struct Lines {
+  using U8 = typename V::U8;
+  using I32 = typename V::I32;
+  static constexpr size_t kLines = V::kBytes;           // in one go, as four vectors of 32-bit sums
+  static constexpr size_t kPairNbytes = 4 * V::kBytes;  // one pair of columns of all those lines, 16 bits a pixel
+  static constexpr size_t kChunkPairs = kTilePairs;
+
+  // 16 columns from `column` on of kLines lines, as pairs: 8 * kPairNbytes bytes. Vector v, part q holds lines
+  // 16 q + 4 v .. + 3, so that packing four vectors of sums to bytes leaves the lines in order.
+  static inline __attribute__((always_inline)) void spread(const uint8_t* const* lines, size_t column, uint8_t* tile) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      typename V::Pairs pairs = V::pairs(lines + 4 * v, column);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < kChunkPairs; ++i) V::store(tile + i * kPairNbytes + v * V::kBytes, pairs.v[i]);
+    }
+  }
+
+  static inline __attribute__((always_inline)) U8 weigh(const OutputSpan& span, const WeightPair* weights,
+                                                        const uint8_t* tile) {
+    I32 high[4], low[4];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      high[v] = V::fill32(0);
+      low[v] = V::fill32(1 << (kWeightBits - 1));
+    }
+    const WeightPair* weight = weights + span.weights_at;
+    for (uint32_t i = 0; i < span.pairs; ++i, ++weight, tile += kPairNbytes) {
+      int32_t high_pair, low_pair;
+      std::memcpy(&high_pair, weight->high, 4);
+      std::memcpy(&low_pair, weight->low, 4);
+      const I32 high_weight = V::fill32(high_pair), low_weight = V::fill32(low_pair);
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) {
+        const I32 pixels = V::load(tile + v * V::kBytes);
+        high[v] = V::multiply_add(high[v], pixels, high_weight);
+        low[v] = V::multiply_add(low[v], pixels, low_weight);
+      }
+    }
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) low[v] = V::template combine<kWeightLowBits, kWeightBits>(high[v], low[v]);
+    return V::pack(low[0], low[1], low[2], low[3]);
+  }
+
+  static void resample_lines(const OutputSpan* spans, size_t outputs, const WeightPair* weights, const uint8_t* lines,
+                             size_t line_stride, size_t count, uint8_t* out, size_t out_stride, uint8_t* tile,
+                             size_t tile_nbytes) {
+    const size_t tile_pairs = tile_nbytes / kPairNbytes / kChunkPairs * kChunkPairs;
+    for (size_t first_line = 0; first_line < count; first_line += kLines) {
+      const size_t line_count = std::min(kLines, count - first_line);
+      const uint8_t* line[kLines];
+      for (size_t i = 0; i < kLines; ++i) {
+        line[i] = lines + (first_line + std::min(i, line_count - 1)) * line_stride;
+      }
+      uint8_t* to = out + first_line;
+      for (size_t o = 0; o < outputs;) {
+        // A tile of columns, and all output pixels that need no other column.
+        const size_t tile_start = spans[o].first_pair / kChunkPairs * kChunkPairs;
+        size_t end = o + 1, tile_end = size_t{spans[o].first_pair} + spans[o].pairs;
+        while (end < outputs && spans[end].first_pair + spans[end].pairs <= tile_start + tile_pairs) {
+          tile_end = std::max<size_t>(tile_end, spans[end].first_pair + spans[end].pairs);
+          ++end;
+        }
+        for (size_t pair = tile_start; pair < tile_end; pair += kChunkPairs) {
+          spread(line, 2 * pair, tile + (pair - tile_start) * kPairNbytes);
+        }
+        for (; o < end; ++o) {
+          const U8 pixels = weigh(spans[o], weights, tile + (spans[o].first_pair - tile_start) * kPairNbytes);
+          if (line_count == kLines) {
+            V::store_unaligned(to + o * out_stride, pixels);
+          } else {
+            alignas(64) uint8_t some[kLines];
+            V::store(some, pixels);
+            std::memcpy(to + o * out_stride, some, line_count);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename V>
+void sum_pixels(const uint8_t* pixels, size_t count, int64_t* sum_ret, int64_t* sumsq_ret) {
+  constexpr size_t kRun = size_t{1} << 16;  // 2^16 * 255^2 < 2^32
+  *sum_ret = *sumsq_ret = 0;
+  for (size_t start = 0; start < count; start += kRun) {
+    uint32_t sum = 0, sumsq = 0;
+    const size_t end = std::min(count, start + kRun);
+    for (size_t i = start; i < end; ++i) {
+      sum += pixels[i];
+      sumsq += uint32_t{pixels[i]} * pixels[i];
+    }
+    *sum_ret += sum;
+    *sumsq_ret += sumsq;
+  }
+}
+
+template <typename V, size_t kVectors>
+constexpr PixelKernels kernels_of() {
+  return {Wavefront<V, kVectors>::kRows, V::kBytes, Wavefront<V, kVectors>::unfilter_rows, Lines<V>::resample_lines,
+          sum_pixels<V>};
+}
+
+}  // namespace
+
+}  // namespace cxrfast::png

@@ -1,0 +1,127 @@
+// pixels_avx512.cpp - the pixel kernels on 64-byte vectors (AVX-512 BW and VNNI), two of them side by side.
+#if defined(__x86_64__)
+
+// GCC 12's own header for AVX-512 leaves operands that are masked out uninitialised, and then warns of them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "pixel_kernels.h"
+#include "unfilter.h"
+
+// Emulated: a test compiles this file against a header that stands in for the intrinsics, and runs it on any x86-64.
+#if !defined(CXRFAST_EMULATE_AVX512)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+#endif
+
+namespace cxrfast::png {
+
+namespace {
+
+struct Lanes {
+  static constexpr size_t kBytes = 64;
+  using U8 = __m512i;
+  using I32 = __m512i;
+  struct Pairs {
+    __m512i v[8];
+  };
+
+  static U8 load(const uint8_t* p) { return _mm512_load_si512(p); }
+  static U8 load_unaligned(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint8_t* p, U8 v) { _mm512_store_si512(p, v); }
+  static void store_unaligned(uint8_t* p, U8 v) { _mm512_storeu_si512(p, v); }
+  static U8 fill(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static I32 fill32(int32_t value) { return _mm512_set1_epi32(value); }
+
+  static __m128i load_part(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static void store_part(uint8_t* p, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+  static U8 gather_parts(const uint8_t* const* rows, size_t offset) {
+    __m512i v = _mm512_castsi128_si512(load_part(rows[0] + offset));
+    v = _mm512_inserti32x4(v, load_part(rows[16] + offset), 1);
+    v = _mm512_inserti32x4(v, load_part(rows[32] + offset), 2);
+    return _mm512_inserti32x4(v, load_part(rows[48] + offset), 3);
+  }
+  static void scatter_parts(U8 v, uint8_t* p, size_t stride) {
+    store_part(p, _mm512_castsi512_si128(v));
+    store_part(p + stride, _mm512_extracti32x4_epi32(v, 1));
+    store_part(p + 2 * stride, _mm512_extracti32x4_epi32(v, 2));
+    store_part(p + 3 * stride, _mm512_extracti32x4_epi32(v, 3));
+  }
+
+  static U8 interleave_low(U8 a, U8 b) { return _mm512_unpacklo_epi8(a, b); }
+  static U8 interleave_high(U8 a, U8 b) { return _mm512_unpackhi_epi8(a, b); }
+  static U8 both(U8 a, U8 b) { return _mm512_and_si512(a, b); }
+  static U8 either(U8 a, U8 b) { return _mm512_or_si512(a, b); }
+  static U8 complement(U8 a) { return _mm512_xor_si512(a, fill(0xff)); }
+  static U8 min(U8 a, U8 b) { return _mm512_min_epu8(a, b); }
+  static U8 max(U8 a, U8 b) { return _mm512_max_epu8(a, b); }
+  static U8 mean(U8 a, U8 b) { return _mm512_avg_epu8(a, b); }
+  static U8 subtract(U8 a, U8 b) { return _mm512_sub_epi8(a, b); }
+  static U8 subtract_to_zero(U8 a, U8 b) { return _mm512_subs_epu8(a, b); }
+  static U8 add_to_255(U8 a, U8 b) { return _mm512_adds_epu8(a, b); }
+  static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
+    return _mm512_mask_blend_epi8(_mm512_cmpge_epu8_mask(a, b), no, yes);
+  }
+  static U8 carry(U8 before, U8 v) { return _mm512_alignr_epi64(v, before, 6); }
+  static U8 shift_in(U8 carried, U8 v) { return _mm512_alignr_epi8(v, carried, 15); }
+
+  static I32 multiply_add(I32 sum, I32 pixels, I32 weights) { return _mm512_dpwssd_epi32(sum, pixels, weights); }
+  template <int kHighShift, int kShift>
+  static I32 combine(I32 high, I32 low) {
+    return _mm512_srli_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, kHighShift), low), kShift);
+  }
+  static U8 pack(I32 a, I32 b, I32 c, I32 d) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  }
+  static Pairs pairs(const uint8_t* const* rows, size_t column) {
+    const __m512i a = gather_parts(rows, column), b = gather_parts(rows + 1, column);
+    const __m512i c = gather_parts(rows + 2, column), d = gather_parts(rows + 3, column);
+    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    const __m512i fours[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+                              _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
+    const __m512i high =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
+    Pairs result;
+    for (int i = 0; i < 4; ++i) {
+      result.v[2 * i] = _mm512_shuffle_epi8(fours[i], low);
+      result.v[2 * i + 1] = _mm512_shuffle_epi8(fours[i], high);
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+}  // namespace cxrfast::png
+
+#include "pixel_kernels_impl.h"
+
+namespace cxrfast::png {
+
+constexpr PixelKernels kAvx512PixelKernels = kernels_of<Lanes, 2>();
+
+}  // namespace cxrfast::png
+
+#if !defined(CXRFAST_EMULATE_AVX512)
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#endif
