@@ -268,6 +268,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: edit_weights(run, lambda _, about: about.update(store="0" * 64)),
         "was trained on another store or split",
     ),
+    "weights of another split": (
+        lambda run: edit_weights(run, lambda _, about: about.update(split="paper " + "0" * 64)),
+        "was trained on another store or split",
+    ),
     "NaN in the weights": (
         lambda run: edit_weights(run, lambda t, _: t["logits.bias"].fill_(math.nan)),
         "NaN scores in class Atelectasis (27)",
