@@ -43,10 +43,11 @@ extern "C" int libpng_decode(const uint8_t* file, size_t nbytes, uint32_t width,
   png_read_info(png, info);
   const bool expected = png_get_image_width(png, info) == width && png_get_image_height(png, info) == height &&
                         png_get_color_type(png, info) == color && png_get_bit_depth(png, info) == depth &&
-                        png_get_interlace_type(png, info) == PNG_INTERLACE_NONE &&
                         png_get_rowbytes(png, info) == row_nbytes;
   if (expected) {
-    for (uint32_t y = 0; y < height; ++y) png_read_row(png, out + y * row_nbytes, nullptr);
+    for (int passes = png_set_interlace_handling(png); passes > 0; --passes) {
+      for (uint32_t y = 0; y < height; ++y) png_read_row(png, out + y * row_nbytes, nullptr);
+    }
     png_read_end(png, nullptr);
   }
   png_destroy_read_struct(&png, &info, nullptr);

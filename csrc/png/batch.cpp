@@ -1,4 +1,4 @@
-// batch.cpp - the thread pool: each thread takes the next group of films until none is left.
+// batch.cpp - the thread pool: each thread takes the next film until none is left.
 #include "batch.h"
 
 #include <fcntl.h>
@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cerrno>
 #include <condition_variable>
+#include <cstring>
+#include <iterator>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -57,32 +59,65 @@ Status read_open_file(int descriptor, const Limits& limits, Buffer* buffer, size
   return {};
 }
 
+// The films of one call; `next` is shared by the threads, the rest is read only.
+struct Work {
+  BatchFilm* films = nullptr;
+  size_t count = 0;
+  uint32_t size = 0;
+  Isa isa = Isa::kPortable;
+  std::atomic<size_t> next{0};
+};
+
 // What one thread owns.
-struct Worker {
-  explicit Worker(const Limits& limits) : decoder(limits) {}
+class Worker final : private FilmSource {
+ public:
+  explicit Worker(const Limits& limits) : decoder_(limits) {}
 
-  FilmDecoder decoder;
-  Buffer files[kFilmsAtOnce];
+  void run(Work& work) {
+    work_ = &work;
+    decoder_.decode_resize(*this, work.size, work.isa);
+  }
 
-  void decode_group(BatchFilm* films, size_t count, uint32_t size, Isa isa) {
-    FilmJob jobs[kFilmsAtOnce];
-    Status read_status[kFilmsAtOnce];
-    for (size_t i = 0; i < count; ++i) {
-      jobs[i] = {films[i].file, films[i].file_nbytes, films[i].out, 0, 0, {}};
-      if (films[i].path != nullptr) {
-        read_status[i] = read_file(films[i].path, decoder.limits(), &files[i], &jobs[i].file_nbytes);
-        if (!read_status[i].ok()) jobs[i].file_nbytes = 0;
-        jobs[i].file = files[i].data();
+ private:
+  // A film under way. FilmJob is a base, so that a job leads back to its place.
+  struct Place : FilmJob {
+    BatchFilm* film = nullptr;  // nullptr: free
+    Buffer buffer;              // the file, where it is read here
+  };
+
+  FilmJob* next() override {
+    while (true) {
+      const size_t i = work_->next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= work_->count) return nullptr;
+      BatchFilm& film = work_->films[i];
+      Place& place = *std::find_if(std::begin(places_), std::end(places_), [](const Place& p) { return !p.film; });
+      static_cast<FilmJob&>(place) = {film.file, film.file_nbytes, film.out, 0, 0, {}};
+      if (film.path != nullptr) {
+        film.status = read_file(film.path, decoder_.limits(), &place.buffer, &place.file_nbytes);
+        if (!film.status.ok()) {
+          film.sum = film.sumsq = 0;
+          std::memset(film.out, 0, size_t{work_->size} * work_->size);
+          continue;
+        }
+        place.file = place.buffer.data();
       }
-    }
-    decoder.decode_resize(jobs, count, size, isa);
-    for (size_t i = 0; i < count; ++i) {
-      films[i].sum = jobs[i].sum;
-      films[i].sumsq = jobs[i].sumsq;
-      films[i].status = read_status[i].ok() ? jobs[i].status : read_status[i];
-      files[i].release_above(kKeptFileNbytes);
+      place.film = &film;
+      return &place;
     }
   }
+
+  void finished(FilmJob& job) override {
+    auto& place = static_cast<Place&>(job);
+    place.film->sum = job.sum;
+    place.film->sumsq = job.sumsq;
+    place.film->status = job.status;
+    place.film = nullptr;
+    place.buffer.release_above(kKeptFileNbytes);
+  }
+
+  FilmDecoder decoder_;
+  Place places_[kFilmsInFlight + 1];  // one may be postponed
+  Work* work_ = nullptr;
 };
 
 }  // namespace
@@ -111,20 +146,7 @@ struct Batch::State {
   size_t busy = 0;     // threads that have not finished this round
   bool stopping = false;
 
-  // The work of the round; written before `round` changes, under the mutex.
-  BatchFilm* films = nullptr;
-  size_t count = 0, group = 1;
-  uint32_t size = 0;
-  Isa isa = Isa::kPortable;
-  std::atomic<size_t> next{0};
-
-  void work(Worker& worker) {
-    while (true) {
-      const size_t at = next.fetch_add(group, std::memory_order_relaxed);
-      if (at >= count) return;
-      worker.decode_group(films + at, std::min(group, count - at), size, isa);
-    }
-  }
+  Work work;  // written before `round` changes, under the mutex
 
   void serve(Worker& worker) {
     uint64_t seen = 0;
@@ -134,7 +156,7 @@ struct Batch::State {
       if (stopping) return;
       seen = round;
       lock.unlock();
-      work(worker);
+      worker.run(work);
       lock.lock();
       if (--busy == 0) done.notify_one();
     }
@@ -175,18 +197,16 @@ void Batch::decode_resize(BatchFilm* films, size_t count, uint32_t size, Isa isa
   const size_t helpers = getpid() == state_->owner ? state_->threads.size() : 0;
   {
     const std::lock_guard lock(state_->mutex);
-    state_->films = films;
-    state_->count = count;
-    // Full groups, unless a small batch then leaves threads without work.
-    state_->group = std::clamp((count + helpers) / (helpers + 1), size_t{1}, kFilmsAtOnce);
-    state_->size = size;
-    state_->isa = isa;
-    state_->next.store(0, std::memory_order_relaxed);
+    state_->work.films = films;
+    state_->work.count = count;
+    state_->work.size = size;
+    state_->work.isa = isa;
+    state_->work.next.store(0, std::memory_order_relaxed);
     state_->busy = helpers;
     ++state_->round;
   }
   state_->wake.notify_all();
-  state_->work(*state_->workers[0]);
+  state_->workers[0]->run(state_->work);
   std::unique_lock lock(state_->mutex);
   state_->done.wait(lock, [&] { return state_->busy == 0; });
 }

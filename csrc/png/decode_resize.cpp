@@ -1,4 +1,4 @@
-// decode_resize.cpp - chunks, inflate, un-filter, grey and resample put together for a group of films.
+// decode_resize.cpp - chunks, inflate, un-filter, grey and resample put together, for several films at once.
 #include "decode_resize.h"
 
 #include <algorithm>
@@ -15,12 +15,12 @@ namespace {
 
 constexpr size_t kPad = std::max(kInflatePad, kPixelPad);
 
-// What a thread keeps between films: an NIH film needs 1.5 MiB in all, its RGBA variant 6 MiB.
+// What a film's place keeps for the next one: an NIH film needs 1.5 MiB in all, its RGBA variant 6 MiB.
 constexpr size_t kKeptNbytes = size_t{8} << 20;
 
 // Source sizes whose coefficients are kept. A data set has one; a mixed folder may have many.
 constexpr size_t kKeptResamplers = 16;
-static_assert(kKeptResamplers > kFilmsAtOnce, "a group holds pointers to as many");
+static_assert(kKeptResamplers > kFilmsInFlight, "the films under way hold pointers to as many");
 
 bool is_grey8(const Header& header) {
   return header.color_type == ColorType::kGrey && header.bit_depth == 8 && !header.interlaced;
@@ -28,10 +28,11 @@ bool is_grey8(const Header& header) {
 
 uint64_t pixels_of(const Header& header) { return uint64_t{header.width} * header.height; }
 
-// The memory that a film takes at most, in bytes. size 0: not resized. Fits: sides and pixels are within their limits.
-uint64_t memory_of(const Chunks& chunks, uint32_t size) {
+// The memory that a film takes at most, in bytes, its file included. size 0: not resized. Fits: sides and pixels are
+// within their limits.
+uint64_t memory_of(size_t file_nbytes, const Chunks& chunks, uint32_t size) {
   const Header& header = chunks.header;
-  uint64_t nbytes = chunks.idat_nbytes + header.filtered_nbytes() + 3 * kPad;
+  uint64_t nbytes = file_nbytes + chunks.idat_nbytes + header.filtered_nbytes() + 3 * kPad;
   if (!is_grey8(header)) nbytes += pixels_of(header) + header.height;
   if (size > 0) nbytes += uint64_t{size} * header.height + uint64_t{16} * (header.width + header.height + size);
   return nbytes;
@@ -83,7 +84,13 @@ void add_sums(const uint8_t* image, size_t nbytes, int64_t* sum_ret, int64_t* su
 }  // namespace
 
 struct FilmDecoder::Film {
+  FilmJob* job = nullptr;  // nullptr: this place is free
+  uint64_t memory = 0;     // what the film counts for
   Chunks chunks;
+  InflateJob stream;
+  const Resampler* resampler = nullptr;
+  uint8_t* plane = nullptr;  // the filtered rows of an 8-bit grey film, once they are there
+
   Buffer idat;  // the payloads, joined
   Buffer rows;  // filtered rows
   Buffer grey;  // the plane of a film that has several, or its grey image
@@ -97,15 +104,22 @@ struct FilmDecoder::Film {
     return !header.interlaced || line.reserve(header.width);
   }
 
-  void trim() {
-    for (Buffer* buffer : {&idat, &rows, &grey, &line}) buffer->release_above(kKeptNbytes);
+  // Joins the payloads and describes the stream. The limits were checked.
+  Status open_stream(const uint8_t* file, bool needs_grey, Isa isa) {
+    if (!reserve(needs_grey)) return too_large(reason::kOutOfMemory);
+    stream = {idat.data(), chunks.idat_nbytes, rows.data(), static_cast<size_t>(chunks.header.filtered_nbytes()), {}};
+    return join_idat(file, chunks, isa, idat.data());
   }
 
-  // Joins the payloads and describes the stream. film_nbytes and the limits were checked.
-  Status open_stream(const uint8_t* file, bool needs_grey, Isa isa, InflateJob* job_ret) {
-    if (!reserve(needs_grey)) return too_large(reason::kOutOfMemory);
-    *job_ret = {idat.data(), chunks.idat_nbytes, rows.data(), static_cast<size_t>(chunks.header.filtered_nbytes()), {}};
-    return join_idat(file, chunks, isa, idat.data());
+  // The stream's end, told in offsets of the file.
+  Status stream_status(const uint8_t* file) const {
+    Status status = stream.status;
+    if (status.offset >= 0) status.offset = file_offset_of(file, chunks, status.offset);
+    return status;
+  }
+
+  void trim() {
+    for (Buffer* buffer : {&idat, &rows, &grey, &line}) buffer->release_above(kKeptNbytes);
   }
 };
 
@@ -114,107 +128,164 @@ struct FilmDecoder::CachedResampler {
   Resampler resampler;
 };
 
-FilmDecoder::FilmDecoder(const Limits& limits) : limits_(limits), films_(new Film[kFilmsAtOnce]) {}
+FilmDecoder::FilmDecoder(const Limits& limits) : limits_(limits), films_(new Film[kFilmsInFlight]) {}
 FilmDecoder::~FilmDecoder() = default;
 
-void FilmDecoder::decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa isa) {
-  for (size_t at = 0; at < count; at += kFilmsAtOnce) {
-    const size_t group = std::min(kFilmsAtOnce, count - at);
-    decode_group(jobs + at, group, size, isa);
-    for (size_t i = at; i < at + group; ++i) {
-      if (jobs[i].status.ok()) continue;
-      jobs[i].sum = jobs[i].sumsq = 0;
-      std::memset(jobs[i].out, 0, size_t{size} * size);
+// Films on their way: source -> chunks -> inflate (which asks for the next one whenever a stream has ended) -> pixels.
+class FilmDecoder::Run final : public InflateFeed {
+ public:
+  Run(FilmDecoder& decoder, FilmSource& source, uint32_t size, Isa isa)
+      : decoder_(decoder), source_(source), size_(size), isa_(isa) {}
+
+  void to_the_end() {
+    do {
+      inflate_zlib(*this, isa_);
+      finish_planes();
+    } while (postponed_ != nullptr);
+  }
+
+  InflateJob* next() override {
+    while (FilmJob* job = postponed_ != nullptr ? std::exchange(postponed_, nullptr) : source_.next()) {
+      Film& film = free_place();
+      job->status = read_chunks(job->file, job->file_nbytes, decoder_.limits_, isa_, &film.chunks);
+      if (job->status.ok()) {
+        film.memory = memory_of(job->file_nbytes, film.chunks, size_);
+        if (film.memory > decoder_.limits_.max_memory_nbytes) {
+          job->status = too_large(reason::kMemoryLimit);
+        } else if (memory_ + film.memory > decoder_.limits_.max_memory_nbytes) {
+          postponed_ = job;  // until all that is under way has ended
+          return nullptr;
+        } else {
+          job->status = film.open_stream(job->file, !is_grey8(film.chunks.header), isa_);
+        }
+      }
+      if (job->status.ok()) {
+        film.job = job;
+        memory_ += film.memory;
+        return &film.stream;
+      }
+      film.trim();
+      end(*job);
+    }
+    return nullptr;
+  }
+
+  void finished(InflateJob& stream) override {
+    Film& film = *std::find_if(decoder_.films_.get(), decoder_.films_.get() + kFilmsInFlight,
+                               [&](const Film& candidate) { return &candidate.stream == &stream; });
+    FilmJob& job = *film.job;
+    job.status = film.stream_status(job.file);
+    if (job.status.ok()) to_pixels(film);
+    if (film.plane == nullptr) {
+      leave(film);
+      return;
+    }
+    planes_[plane_count_++] = &film;
+    if (plane_count_ == kPlanesAtOnce) finish_planes();
+  }
+
+ private:
+  static constexpr size_t kPlanesAtOnce = 2;
+
+  Film& free_place() {
+    return *std::find_if(decoder_.films_.get(), decoder_.films_.get() + kFilmsInFlight,
+                         [](const Film& film) { return film.job == nullptr; });
+  }
+
+  // Sets film.plane where the fused path can take over; finishes the film itself otherwise.
+  void to_pixels(Film& film) {
+    FilmJob& job = *film.job;
+    const Header& header = film.chunks.header;
+    film.resampler = decoder_.resampler_for(header, size_);
+    if (film.resampler == nullptr) {
+      job.status = too_large(reason::kOutOfMemory);
+    } else if (is_grey8(header)) {
+      film.plane = film.rows.data();
+    } else if (may_be_one_plane(header) && extract_plane(header, film.rows.data(), film.grey.data())) {
+      film.plane = film.grey.data();
+    } else {
+      job.status = rows_to_grey(film.chunks, film.rows.data(), film.line.data(), film.grey.data());
+      if (job.status.ok()) {
+        job.status = resample(*film.resampler, film.grey.data(), header.width, job.out, decoder_.scratch_, isa_);
+      }
+      if (job.status.ok()) add_sums(job.out, size_t{size_} * size_, &job.sum, &job.sumsq);
     }
   }
+
+  void finish_planes() {
+    PixelJob pixels[kPlanesAtOnce];
+    for (size_t i = 0; i < plane_count_; ++i) {
+      const Film& film = *planes_[i];
+      pixels[i].rows = film.plane;
+      pixels[i].width = film.chunks.header.width;
+      pixels[i].height = film.chunks.header.height;
+      pixels[i].resampler = film.resampler;
+      pixels[i].out = film.job->out;
+    }
+    unfilter_resample_grey8(pixels, plane_count_, decoder_.scratch_, isa_);
+    for (size_t i = 0; i < plane_count_; ++i) {
+      FilmJob& job = *planes_[i]->job;
+      job.sum = pixels[i].sum;
+      job.sumsq = pixels[i].sumsq;
+      job.status = pixels[i].status;
+      // A filter byte has no byte of its own in the file.
+      if (job.status.code == Code::kCorrupt) job.status.offset = static_cast<int64_t>(planes_[i]->chunks.idat_offset);
+      leave(*planes_[i]);
+    }
+    plane_count_ = 0;
+  }
+
+  void leave(Film& film) {
+    end(*std::exchange(film.job, nullptr));
+    film.plane = nullptr;
+    memory_ -= film.memory;
+    film.trim();
+  }
+
+  void end(FilmJob& job) {
+    if (!job.status.ok()) {
+      job.sum = job.sumsq = 0;
+      std::memset(job.out, 0, size_t{size_} * size_);
+    }
+    source_.finished(job);
+  }
+
+  FilmDecoder& decoder_;
+  FilmSource& source_;
+  const uint32_t size_;
+  const Isa isa_;
+  uint64_t memory_ = 0;           // of the films under way
+  FilmJob* postponed_ = nullptr;  // for want of memory
+  Film* planes_[kPlanesAtOnce];
+  size_t plane_count_ = 0;
+};
+
+void FilmDecoder::decode_resize(FilmSource& source, uint32_t size, Isa isa) {
+  Run(*this, source, size, isa).to_the_end();
 }
 
-void FilmDecoder::decode_group(FilmJob* jobs, size_t count, uint32_t size, Isa isa) {
-  uint64_t memory = 0;
-  for (size_t i = 0; i < count; ++i) {
-    Chunks& chunks = films_[i].chunks;
-    jobs[i].status = read_chunks(jobs[i].file, jobs[i].file_nbytes, limits_, isa, &chunks);
-    if (!jobs[i].status.ok()) continue;
-    const uint64_t film_memory = memory_of(chunks, size);
-    if (film_memory > limits_.max_memory_nbytes) jobs[i].status = too_large(reason::kMemoryLimit);
-    memory += film_memory;
-  }
-  if (memory > limits_.max_memory_nbytes && count > 1) {
-    for (size_t i = 0; i < count; ++i) decode_group(jobs + i, 1, size, isa);
-    return;
-  }
+void FilmDecoder::decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa isa) {
+  class List final : public FilmSource {
+   public:
+    List(FilmJob* begin, FilmJob* end) : next_(begin), end_(end) {}
+    FilmJob* next() override { return next_ == end_ ? nullptr : next_++; }
+    void finished(FilmJob&) override {}
 
-  InflateJob streams[kFilmsAtOnce];
-  size_t owner[kFilmsAtOnce];  // streams[k] and, later, pixels[k] belong to jobs[owner[k]]
-  size_t open = 0;
-  for (size_t i = 0; i < count; ++i) {
-    if (!jobs[i].status.ok()) continue;
-    const bool needs_grey = !is_grey8(films_[i].chunks.header);
-    jobs[i].status = films_[i].open_stream(jobs[i].file, needs_grey, isa, &streams[open]);
-    if (jobs[i].status.ok()) owner[open++] = i;
-  }
-  inflate_zlib(streams, open, isa);
-
-  PixelJob pixels[kFilmsAtOnce];
-  size_t planes = 0;
-  for (size_t k = 0; k < open; ++k) {
-    const size_t i = owner[k];
-    Film& film = films_[i];
-    const Header& header = film.chunks.header;
-    Status& status = jobs[i].status;
-    status = streams[k].status;
-    if (!status.ok()) {
-      if (status.offset >= 0) status.offset = file_offset_of(jobs[i].file, film.chunks, status.offset);
-      continue;
-    }
-    const Resampler* resampler = resampler_for(header, size);
-    if (resampler == nullptr) {
-      status = too_large(reason::kOutOfMemory);
-      continue;
-    }
-    uint8_t* plane = nullptr;  // the filtered rows of an 8-bit grey film
-    if (is_grey8(header)) {
-      plane = film.rows.data();
-    } else if (may_be_one_plane(header) && extract_plane(header, film.rows.data(), film.grey.data())) {
-      plane = film.grey.data();
-    }
-    if (plane != nullptr) {
-      owner[planes] = i;
-      PixelJob& pixel = pixels[planes++];
-      pixel.rows = plane;
-      pixel.width = header.width;
-      pixel.height = header.height;
-      pixel.resampler = resampler;
-      pixel.out = jobs[i].out;
-      continue;
-    }
-    status = rows_to_grey(film.chunks, film.rows.data(), film.line.data(), film.grey.data());
-    if (status.ok()) status = resample(*resampler, film.grey.data(), header.width, jobs[i].out, scratch_, isa);
-    if (status.ok()) add_sums(jobs[i].out, size_t{size} * size, &jobs[i].sum, &jobs[i].sumsq);
-  }
-  unfilter_resample_grey8(pixels, planes, scratch_, isa);
-  for (size_t k = 0; k < planes; ++k) {
-    FilmJob& job = jobs[owner[k]];
-    job.sum = pixels[k].sum;
-    job.sumsq = pixels[k].sumsq;
-    job.status = pixels[k].status;
-    if (job.status.code == Code::kCorrupt) {
-      job.status.offset = static_cast<int64_t>(films_[owner[k]].chunks.idat_offset);
-    }
-  }
-  for (size_t i = 0; i < count; ++i) films_[i].trim();
+   private:
+    FilmJob *next_, *end_;
+  };
+  List list(jobs, jobs + count);
+  decode_resize(list, size, isa);
 }
 
 Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* grey, Isa isa) {
-  if (memory_of(chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
+  if (memory_of(0, chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
   Film& film = films_[0];
   film.chunks = chunks;
-  InflateJob stream;
-  Status status = film.open_stream(file, false, isa, &stream);
+  Status status = film.open_stream(file, false, isa);
   if (status.ok()) {
-    inflate_zlib(&stream, 1, isa);
-    status = stream.status;
-    if (status.offset >= 0) status.offset = file_offset_of(file, chunks, status.offset);
+    inflate_zlib(&film.stream, 1, isa);
+    status = film.stream_status(file);
   }
   if (status.ok()) status = rows_to_grey(chunks, film.rows.data(), film.line.data(), grey);
   film.trim();
@@ -232,7 +303,7 @@ const Resampler* FilmDecoder::resampler_for(const Header& header, uint32_t size)
     resamplers_.push_back(std::move(made));
     found = resamplers_.end() - 1;
   }
-  // Last used comes last, so the group in hand holds pointers to none of those that are dropped next.
+  // Last used comes last, so the films under way hold pointers to none of those that are dropped next.
   std::rotate(found, found + 1, resamplers_.end());
   return &resamplers_.back()->resampler;
 } catch (const std::bad_alloc&) {

@@ -1,7 +1,8 @@
 // decode_resize.h - PNG files in memory to grey images: the decoder as a library. Start reading here.
 //
 //   cxrfast::png::FilmDecoder decoder{cxrfast::png::Limits{}};
-//   cxrfast::png::FilmJob job{file, file_nbytes, image};               // image: 224 * 224 bytes
+//   cxrfast::png::FilmJob job;
+//   job.file = file, job.file_nbytes = file_nbytes, job.out = image;  // image: 224 * 224 bytes
 //   decoder.decode_resize(&job, 1, 224, cxrfast::png::best_isa());
 //   if (!job.status.ok()) std::puts(job.status.message);
 //
@@ -25,8 +26,9 @@
 
 namespace cxrfast::png {
 
-// Films that one thread decodes together: the measured optimum of inflate (docs/notes.md).
-constexpr size_t kFilmsAtOnce = 3;
+// Films of one thread that are under way at once: the streams that inflate interleaves, the one whose stream has just
+// ended, and one that waits for a second, because two films are un-filtered faster together than apart.
+constexpr size_t kFilmsInFlight = kInflateStreams + 2;
 
 constexpr uint32_t kMinSize = 8, kMaxSize = 1024;  // side of a prepared image, pixels
 
@@ -39,6 +41,16 @@ struct FilmJob {
   Status status;           // offset: byte of the file, for errors inside the zlib stream too
 };
 
+// Films that need not all be in memory at once.
+class FilmSource {
+ public:
+  virtual FilmJob* next() = 0;              // a film to begin, or nullptr: no more will come
+  virtual void finished(FilmJob& job) = 0;  // the job is done, in any order; the decoder forgets it
+
+ protected:
+  ~FilmSource() = default;
+};
+
 class FilmDecoder {
  public:
   explicit FilmDecoder(const Limits& limits);
@@ -46,8 +58,10 @@ class FilmDecoder {
   FilmDecoder(const FilmDecoder&) = delete;
   FilmDecoder& operator=(const FilmDecoder&) = delete;
 
-  // Decodes any number of films, kFilmsAtOnce at a time, and resizes each to size x size (kMinSize .. kMaxSize). Each
-  // film's result depends on that film alone. The jobs' outs must not overlap.
+  // Decodes films and resizes each to size x size (kMinSize .. kMaxSize), up to kFilmsInFlight of them under way at a
+  // time, fewer where they would exceed limits.max_memory_nbytes together. Each film's result depends on that film
+  // alone. The jobs' outs must not overlap. Both functions of the source are called in the caller's thread.
+  void decode_resize(FilmSource& source, uint32_t size, Isa isa);
   void decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa isa);
 
   // The whole grey image of one film. chunks: what read_chunks(file, ...) returned with status ok under this decoder's
@@ -57,14 +71,14 @@ class FilmDecoder {
   const Limits& limits() const { return limits_; }
 
  private:
-  struct Film;             // one of the films in hand, with its buffers
+  struct Film;             // one of the films under way, with its buffers
   struct CachedResampler;  // for one source size
+  class Run;               // one call of decode_resize
 
-  void decode_group(FilmJob* jobs, size_t count, uint32_t size, Isa isa);
   const Resampler* resampler_for(const Header& header, uint32_t size);
 
   Limits limits_;
-  std::unique_ptr<Film[]> films_;  // kFilmsAtOnce
+  std::unique_ptr<Film[]> films_;  // kFilmsInFlight
   std::vector<std::unique_ptr<CachedResampler>> resamplers_;
   Scratch scratch_;
 };
