@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cxrfast import loss_op
 from cxrfast.errors import InputError
 
 CODES = 1 << 16
@@ -136,7 +137,10 @@ class AucCounts:
             InputError: shapes that differ from each other or from C classes, or logits that are not floating.
         """
         check_batch(logits, targets, self)
-        add_counts(logits, targets, self.counts)
+        if loss_op.compiled_for(logits.device.type) and logits.dtype in loss_op.DTYPES:
+            loss_op.auc_count(logits, targets, self.counts)
+        else:
+            add_counts(logits, targets, self.counts)
 
     def merge(self, other: AucCounts) -> AucCounts:
         """Add the counts of ``other``, and return self. Any order of merges gives the same bits."""
@@ -231,6 +235,10 @@ def check_batch(logits: Tensor, targets: Tensor, counts: AucCounts | None) -> No
         raise InputError(f"targets must be {tuple(logits.shape)} like the logits, got {tuple(targets.shape)}")
     if counts is not None and counts.num_classes != logits.shape[1]:
         raise InputError(f"logits have {logits.shape[1]} classes, the counts {counts.num_classes}")
+    # Moving them would wait for the device at every step.
+    devices = {logits.device, targets.device} | (set() if counts is None else {counts.counts.device})
+    if len(devices) > 1:
+        raise InputError(f"logits, targets and counts must be on one device, not {sorted(map(str, devices))}")
 
 
 def add_counts(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
@@ -238,8 +246,8 @@ def add_counts(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
     positive = targets == 1
     known = positive | (targets == 0)
     rows = torch.arange(0, 2 * counts.shape[0], 2, device=counts.device)
-    index = (rows + positive.to(counts.device)) * CODES + score_codes(logits).to(counts.device)
-    counts.view(-1).scatter_add_(0, index.flatten(), known.to(counts.device, torch.int64).flatten())
+    index = (rows + positive) * CODES + score_codes(logits)
+    counts.view(-1).scatter_add_(0, index.flatten(), known.to(torch.int64).flatten())
 
 
 def exact_auc(scores: Any, targets: Any) -> np.ndarray | float:

@@ -1,7 +1,9 @@
 """Binary cross-entropy on logits, weighted by class, that counts the scores for the AUC on its way.
 
-Promises: the mean over the known entries, in fp32 whatever the logits' type; an unknown target gives no loss, no
-gradient and no count. Left out: soft labels (targets are 1, 0 or unknown), second derivatives.
+Promises: the mean over the known entries, in fp32 for half-precision logits too; an unknown target gives no loss, no
+gradient and no count. The compiled operator (csrc/loss) computes all of it in one pass; `weighted_bce` and
+`cxrfast.auc.add_counts` are the same in plain torch, for where it is missing. Left out: soft labels (targets are 1, 0
+or unknown), second derivatives.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxrfast import loss_op
 from cxrfast.auc import AucCounts, add_counts, check_batch
 from cxrfast.errors import InputError
 
@@ -81,15 +84,25 @@ class WeightedBCEWithAUC(nn.Module):
         Raises:
             InputError: shapes that disagree, or logits that are not floating.
         """
-        check_batch(logits, targets, counts)
-        for name, weight in (("pos_weight", self.pos_weight), ("class_weight", self.class_weight)):
-            if weight is not None and weight.shape[0] != logits.shape[1]:
-                raise InputError(
-                    f"{name} must be ({logits.shape[1]},) like the logits' classes, got {tuple(weight.shape)}"
-                )
+        if loss_op.compiled_for(logits.device.type) and logits.dtype in loss_op.DTYPES:
+            tensor = None if counts is None else counts.counts
+            try:
+                return loss_op.weighted_bce_auc(logits, targets, self.pos_weight, self.class_weight, tensor)
+            except RuntimeError:
+                self._check(logits, targets, counts)  # says it in a sentence, if it was the arguments
+                raise
+        self._check(logits, targets, counts)
         if counts is not None:
             add_counts(logits, targets, counts.counts)
         return weighted_bce(logits, targets, self.pos_weight, self.class_weight)
+
+    def _check(self, logits: Tensor, targets: Tensor, counts: AucCounts | None) -> None:
+        check_batch(logits, targets, counts)
+        for name, weight in (("pos_weight", self.pos_weight), ("class_weight", self.class_weight)):
+            if weight is not None and weight.shape[0] != logits.shape[1]:
+                raise InputError(f"{name} must be ({logits.shape[1]},), got {tuple(weight.shape)}")
+            if weight is not None and weight.device != logits.device:
+                raise InputError(f"{name} is on {weight.device}, the logits are on {logits.device}")
 
 
 def weighted_bce(logits: Tensor, targets: Tensor, pos_weight: Tensor | None, class_weight: Tensor | None) -> Tensor:
