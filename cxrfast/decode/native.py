@@ -72,17 +72,8 @@ class NativeDecoder:
             TypeError: a film that is neither bytes nor a path.
         """
         check_isa()
-        if not MIN_SIZE <= size <= MAX_SIZE:
-            raise InputError(f"size={size} is out of range; it must be {MIN_SIZE} to {MAX_SIZE} pixels")
-        shape = (len(films), size, size)
-        if out is None:
-            out = np.empty(shape, np.uint8)
-        elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
-            raise InputError(
-                f"out must be writeable C-contiguous uint8 {shape}, got {out.dtype} {out.shape}"
-                f"{'' if out.flags.c_contiguous else ', not contiguous'}{'' if out.flags.writeable else ', read-only'}"
-            )
-        data, paths = zip(*map(_split, films), strict=True) if films else ((), ())
+        out = prepared_array(len(films), size, out)
+        data, paths = zip(*map(split_film, films), strict=True) if films else ((), ())
         failures, pixel_sum, pixel_sumsq = self._pool.decode_resize(list(data), list(paths), out)
         statuses = [_OK] * len(films)
         for row, status in failures.items():
@@ -92,7 +83,7 @@ class NativeDecoder:
     def decode(self, film: Film) -> tuple[Status, np.ndarray | None]:
         """One film's grey image at its own size: (ok, uint8 (H, W)), or the reason and None."""
         check_isa()
-        status, image = self._pool.decode(*_split(film))
+        status, image = self._pool.decode(*split_film(film))
         return _status(status), image
 
 
@@ -128,6 +119,21 @@ def decode_or_raise(film: Film) -> np.ndarray:
     return image
 
 
+def prepared_array(count: int, size: int, out: np.ndarray | None) -> np.ndarray:
+    """``out`` if a batch of ``count`` films can be written to it, uint8 (count, size, size); made when it is None."""
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise InputError(f"size={size} is out of range; it must be {MIN_SIZE} to {MAX_SIZE} pixels")
+    shape = (count, size, size)
+    if out is None:
+        return np.empty(shape, np.uint8)
+    if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise InputError(
+            f"out must be writeable C-contiguous uint8 {shape}, got {out.dtype} {out.shape}"
+            f"{'' if out.flags.c_contiguous else ', not contiguous'}{'' if out.flags.writeable else ', read-only'}"
+        )
+    return out
+
+
 def check_isa() -> None:
     """Refuse a CXRFAST_ISA that would silently change nothing."""
     wanted = os.environ.get("CXRFAST_ISA")
@@ -157,7 +163,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _split(film: Film) -> tuple[bytes | None, bytes | None]:
+def split_film(film: Film) -> tuple[bytes | None, bytes | None]:
     """(the file's bytes, None) or (None, its path as the system has it)."""
     if isinstance(film, (str, Path)):
         path = os.fsencode(film)
