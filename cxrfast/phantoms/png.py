@@ -2,7 +2,7 @@
 
 Promises: the grey encoder, given the pixels of a real grey film, gives back that film's IDAT stream bit for bit
 (zlib itself, not a rewrite of it such as zlib-ng); the RGBA encoder makes the row filters, chunks and IDAT sizes of the
-real RGBA films, and a stream within half a percent of theirs. Left out: every other kind of PNG.
+real RGBA films, and a file within two percent of theirs in size. Left out: every other kind of PNG.
 """
 
 from __future__ import annotations
