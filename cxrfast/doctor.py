@@ -65,6 +65,8 @@ def _decoders() -> dict[str, Any]:
     what = {
         "pillow": "reference decoder, one process a core",
         "native": "cxrfast's own decoder, the fastest on a CPU",
+        "dali": "NVIDIA DALI's decoder; resizes on a GPU where there is one",
+        "dali-native": "cxrfast's decoder as an operator of NVIDIA DALI",
     }
     return {f"decoder {name}": _part(text, backends.missing(name)) for name, text in what.items()}
 

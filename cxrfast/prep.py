@@ -43,10 +43,13 @@ class PrepConfig:
     """Metadata CSV of any generation (Data_Entry_2017*.csv, sample_labels.csv). Default: the one in SRC."""
     size: int = 224
     """Side of the prepared image in pixels."""
-    backend: Literal["auto", "native", "pillow"] = "auto"
-    """What decodes the films; all of them give the same pixels. auto takes the fastest that is installed."""
+    backend: Literal["auto", "native", "pillow", "dali", "dali-native"] = "auto"
+    """What decodes the films. auto takes the fastest that is installed. All give the same pixels, except where DALI
+    resizes: dali, and dali-native with --require-gpu, are within one level of the others."""
+    require_gpu: bool = False
+    """Fail where no GPU can take part (in the resize: no GPU decodes PNG) instead of preparing on the CPU alone."""
     workers: int = 0
-    """Threads (native) or processes (pillow). 0: one for each core."""
+    """Threads, or processes of the Pillow backend. 0: one for each core."""
     strict: bool = False
     """End with exit code 1 when a film was rejected."""
 
@@ -74,7 +77,7 @@ def prepare(config: PrepConfig) -> dict[str, Any]:
     """
     plan = make_plan(config)
     began = time.monotonic()
-    decoder, why = choose_decoder(config.backend, config.workers)
+    decoder, why = choose_decoder(config.backend, config.workers, config.require_gpu)
     identity = {
         "size": config.size,
         "pixel_rule": decoder.pixel_rule,
