@@ -3,7 +3,9 @@
 // The whole kernel is compiled for them (anonymous, so that no copy of it can stand in for the portable one); the
 // standard headers come before, so that their inline functions stay portable.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "adler32.h"
 #include "deflate_format.h"
@@ -13,10 +15,10 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2")
+#pragma GCC target("avx2,bmi,bmi2,popcnt")
 #endif
 #define CXRFAST_INFLATE_BMI2 1
 

@@ -39,8 +39,11 @@ constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 static_assert(kStepNbytes <= 32 && kStepBits <= 64, "what Stream::safe_steps divides by");
 
 // A steered look-up's index is empty, and it starts kSteer entries lower: at the neutral entry.
-constexpr int kSteer = kIndexBits;
-constexpr int kDistanceSteer = kDistanceIndexBits;
+#ifdef CXRFAST_INFLATE_BMI2
+constexpr int kSteer = kIndexBits, kDistanceSteer = kDistanceIndexBits;  // serves as the width of the index as well
+#else
+constexpr int kSteer = 1, kDistanceSteer = 1;
+#endif
 
 constexpr int kLiteralCountShift = 24, kBitsShift = 32, kLengthShift = 40, kNextShift = 48, kDistanceShift = 56;
 constexpr uint64_t kLook = uint64_t{kSteer} << kNextShift;  // an entry that leaves everything to Stream::symbol
@@ -70,7 +73,8 @@ inline uint32_t code_bits(uint64_t bits) {
 
 // A canonical code, for one symbol of any length at a time.
 struct CanonicalCode {
-  uint16_t limit[kMaxCodeBits + 1];  // [l]: the codes of up to l bits lie below it, as numbers of 15 bits; [0] = 0
+  // [l]: the last of the codes of up to l bits, as a number of 15 bits, -1 where there is none; [0]: above all codes.
+  alignas(32) int16_t last[kMaxCodeBits + 1];
   uint16_t count[kMaxCodeBits + 1];  // [l]: codes of l bits; [0] = 0
   int32_t shift_to_index[kMaxCodeBits + 1];
   uint16_t symbol[kLiteralSymbols];  // in the order of their codes
@@ -88,7 +92,8 @@ struct CanonicalCode {
     uint16_t first[kMaxCodeBits + 1];
     uint32_t code = 0;
     uint16_t index = 0;
-    limit[0] = count[0] = 0;
+    last[0] = INT16_MAX;
+    count[0] = 0;
     shift_to_index[0] = 0;
     for (int length = 1; length <= kMaxCodeBits; ++length) {
       count[length] = static_cast<uint16_t>(counts[0][length] + counts[1][length]);
@@ -96,7 +101,7 @@ struct CanonicalCode {
       shift_to_index[length] = index - static_cast<int32_t>(code >> (kMaxCodeBits - length));
       code += uint32_t{count[length]} << (kMaxCodeBits - length);
       if (code > 1u << kMaxCodeBits) return false;
-      limit[length] = static_cast<uint16_t>(code);
+      last[length] = static_cast<int16_t>(code - 1);
       index = static_cast<uint16_t>(index + count[length]);
     }
     if (code != 1u << kMaxCodeBits && !(index == 0 || (index == 1 && count[1] == 1))) return false;
@@ -107,11 +112,20 @@ struct CanonicalCode {
     return true;
   }
 
+  bool complete() const { return last[kMaxCodeBits] == INT16_MAX; }
+
   // The symbol whose code comes first in `bits`, and the code's length; -1 where there is none.
-  int decode(uint64_t bits, int& length_ret) const {
+  [[gnu::always_inline]] int decode(uint64_t bits, unsigned& length_ret) const {
     const uint32_t code = code_bits(bits);
-    int length = 1;
-    for (int l = 1; l <= kMaxCodeBits; ++l) length += code >= limit[l];
+#ifdef CXRFAST_INFLATE_BMI2
+    const __m256i longer = _mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(code)),
+                                              _mm256_load_si256(reinterpret_cast<const __m256i*>(last)));
+    const unsigned length =
+        1 + static_cast<unsigned>(_mm_popcnt_u32(static_cast<uint32_t>(_mm256_movemask_epi8(longer)))) / 2;
+#else
+    unsigned length = 1;
+    for (int l = 1; l <= kMaxCodeBits; ++l) length += static_cast<int32_t>(code) > last[l];
+#endif
     length_ret = length;
     if (length > kMaxCodeBits) return -1;
     return symbol[shift_to_index[length] + static_cast<int32_t>(code >> (kMaxCodeBits - length))];
@@ -267,8 +281,7 @@ struct Stream {
   // The code of the code lengths, for all 128 values of its next 7 bits; false unless the set is complete.
   static bool fill_length_code(const uint8_t* length_bits, uint8_t* symbol_of, uint8_t* bits_of) {
     CanonicalCode code;
-    if (!code.build(length_bits, kLengthCodeSymbols) || code.limit[kMaxLengthCodeBits] != 1u << kMaxCodeBits)
-      return false;
+    if (!code.build(length_bits, kLengthCodeSymbols) || !code.complete()) return false;
     const uint16_t* symbol = code.symbol;
     uint32_t next = 0;  // the next code, first bit highest, in 7 bits
     for (int length = 1; length <= kMaxLengthCodeBits; ++length) {
@@ -377,10 +390,10 @@ struct Stream {
   // One symbol, with all checks; a length goes on with its distance.
   Outcome symbol() {
     const uint64_t bits = peek();
-    int used = 0;
+    unsigned used = 0;
     const int s = literal_code.decode(bits, used);
     if (s < 0) return Outcome::kFailed;
-    position += static_cast<uint64_t>(used);
+    position += used;
     if (s < kEndOfBlock) {
       if (out == out_end || position > end) return Outcome::kFailed;
       *out++ = static_cast<uint8_t>(s);
@@ -396,12 +409,12 @@ struct Stream {
   // The distance of a length, and the copy, with all checks.
   Outcome match(size_t length) {
     const uint64_t bits = peek();
-    int used = 0;
+    unsigned used = 0;
     const int s = distance_code.decode(bits, used);
     if (s < 0 || s >= kMaxDynamicDistanceSymbols) return Outcome::kFailed;
     const int extra_bits = kDistanceExtra[s];
     const size_t distance = kDistanceBase[s] + low_bits(bits >> used, static_cast<unsigned>(extra_bits));
-    position += static_cast<uint64_t>(used + extra_bits);
+    position += used + static_cast<uint64_t>(extra_bits);
     if (position > end || distance > static_cast<size_t>(out - out_begin) ||
         length > static_cast<size_t>(out_end - out)) {
       return Outcome::kFailed;
@@ -431,70 +444,170 @@ struct Stopped {
   size_t length;  // kMatch: of the match
 };
 
-// Takes up to `steps` steps of each stream. See Note [a step].
-template <int K>
-[[gnu::noinline]] Stopped take_steps(Stream* streams, uint64_t steps) {
-  uint64_t position[K];
-  uint8_t* out[K];
-  Stopped stopped = {Stop::kSteps, 0, 0};
-  for (int k = 0; k < K; ++k) {
-    position[k] = streams[k].position;
-    out[k] = streams[k].out;
-  }
-  for (; steps > 0; --steps) {
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      const Stream& stream = streams[k];
-      const auto* literals = reinterpret_cast<const uint8_t*>(stream.literals);
-      const auto* distances = reinterpret_cast<const uint8_t*>(stream.distances);
-      uint64_t bits = load64(reinterpret_cast<const uint8_t*>(position[k] >> 3)) >> (position[k] & 7);
-
-      const uint8_t* a = literals + (kSteer + (bits & ((1 << kIndexBits) - 1))) * 8;
-      const uint64_t a_bits = a[4];
-      if (a_bits == 0) [[unlikely]] {
-        stopped = {Stop::kSymbol, k, 0};
-        goto stop;
-      }
-      std::memcpy(out[k], a, 4);
-      bits >>= a_bits & 63;
-
-      const uint64_t a_next = a[6];
-      const uint8_t* b = literals + a_next * 8 + low_bits(bits, static_cast<unsigned>(a_next)) * 8;
-      uint8_t* to = out[k] + a[3];
-      std::memcpy(to, b, 4);
-      const uint64_t b_bits = b[4];
-      bits >>= b_bits & 63;
-      to += b[3];
-
-      const uint64_t b_distance = b[7];
-      const uint8_t* d = distances + b_distance * 8 + low_bits(bits, static_cast<unsigned>(b_distance)) * 8;
-      uint32_t base;
-      uint16_t where;
-      std::memcpy(&base, d, 4);
-      std::memcpy(&where, d + 4, 2);
+// Note [the loads of a step]
+// What a step reads of its tables, byte by byte at base + kOffset + 8 * index: three loads a cycle cost less than the
+// shifts that would take one loaded entry apart. Compilers disagree (they compute the address first, or load once and
+// shift), so on BMI2 these are single instructions by decree, as are the shifts whose count and operand they would copy
+// first.
 #ifdef CXRFAST_INFLATE_BMI2
-      const uint64_t extra = __bextr_u64(bits, where);
+
+template <size_t kOffset>
+[[gnu::always_inline]] inline uint64_t load_u8(const void* base, uint64_t index) {
+  uint64_t value;
+  asm("movzbl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
+  return value;
+}
+
+template <size_t kOffset>
+[[gnu::always_inline]] inline uint64_t load_u16(const void* base, uint64_t index) {
+  uint64_t value;
+  asm("movzwl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
+  return value;
+}
+
+template <size_t kOffset>
+[[gnu::always_inline]] inline uint32_t load_u32(const void* base, uint64_t index) {
+  uint32_t value;
+  asm("movl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
+  return value;
+}
+
+template <size_t kOffset>
+[[gnu::always_inline]] inline uint64_t add_u32(uint64_t value, const void* base, uint64_t index) {
+  asm("addl %c3(%1,%2,8), %k0" : "+r"(value) : "r"(base), "r"(index), "i"(kOffset) : "cc");
+  return value;
+}
+
+// The bits at `position`. `three` is 3, in a register.
+[[gnu::always_inline]] inline uint64_t bits_at(uint64_t position, uint64_t three) {
+  struct [[gnu::packed, gnu::may_alias]] Word {
+    uint64_t value;
+  };
+  uint64_t bits;
+  uint64_t address;
+  asm("shrx %1, %2, %0" : "=r"(address) : "r"(three), "r"(position));
+  const uint64_t within = _bzhi_u64(position, static_cast<unsigned>(three));
+  asm("shrx %1, %2, %0" : "=r"(bits) : "r"(within), "m"(*reinterpret_cast<const Word*>(address)));
+  return bits;
+}
+
 #else
-      const uint64_t extra = (bits >> (d[7] & 63)) & where;
+
+template <size_t kOffset>
+inline uint64_t load_u8(const void* base, uint64_t index) {
+  return static_cast<const uint8_t*>(base)[kOffset + index * 8];
+}
+
+template <size_t kOffset>
+inline uint64_t load_u16(const void* base, uint64_t index) {
+  uint16_t value;
+  std::memcpy(&value, static_cast<const uint8_t*>(base) + kOffset + index * 8, sizeof value);
+  return value;
+}
+
+template <size_t kOffset>
+inline uint32_t load_u32(const void* base, uint64_t index) {
+  uint32_t value;
+  std::memcpy(&value, static_cast<const uint8_t*>(base) + kOffset + index * 8, sizeof value);
+  return value;
+}
+
+template <size_t kOffset>
+inline uint64_t add_u32(uint64_t value, const void* base, uint64_t index) {
+  return value + load_u32<kOffset>(base, index);
+}
+
+inline uint64_t bits_at(uint64_t position, uint64_t) {
+  return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
+}
+
 #endif
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(reinterpret_cast<uint64_t>(to) - extra - base);
-      const uint64_t length = uint64_t{a[5]} + b[5];
-      if (reinterpret_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
-        stopped = {Stop::kMatch, k, length};
-        position[k] += a_bits + b_bits;
-        out[k] = to;
-        goto stop;
-      }
-      std::memcpy(to, from, kMaxCopy);
-      out[k] = to + length;
-      position[k] += a_bits + b_bits + d[6];
+
+// The index of a steered look-up: the next kBits bits, kSteer entries up, or 0.
+template <int kBits>
+[[gnu::always_inline]] inline uint64_t steered(uint64_t bits, uint64_t steer) {
+#ifdef CXRFAST_INFLATE_BMI2
+  return _bzhi_u64(bits, static_cast<unsigned>(steer)) + steer;
+#else
+  return (bits & ((1 << kBits) - 1) & (0 - steer)) + steer;
+#endif
+}
+
+// One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
+template <int k>
+[[gnu::always_inline]] inline bool step(const Stream* streams, uint64_t& position, uint8_t*& out, uint64_t three,
+                                        uint64_t index_bits, Stopped& stopped_ret) {
+  constexpr size_t kLiterals = k * sizeof(Stream) + offsetof(Stream, literals);
+  constexpr size_t kDistances = k * sizeof(Stream) + offsetof(Stream, distances);
+  uint64_t bits = bits_at(position, three);
+#ifdef CXRFAST_INFLATE_BMI2
+  const uint64_t a = _bzhi_u64(bits, static_cast<unsigned>(index_bits));
+#else
+  const uint64_t a = bits & ((1 << kIndexBits) - 1);
+  (void)index_bits;
+#endif
+  constexpr size_t kA = kLiterals + kSteer * 8;
+  uint64_t used = load_u8<kA + 4>(streams, a);
+  if (used == 0) [[unlikely]] {
+    // Most of these are literals with long codes; they are not worth a stop.
+    unsigned length = 0;
+    const int symbol = streams[k].literal_code.decode(bits, length);
+    if (static_cast<unsigned>(symbol) < kEndOfBlock) {
+      *out++ = static_cast<uint8_t>(symbol);
+      position += length;
+      return true;
     }
+    stopped_ret = {Stop::kSymbol, k, 0};
+    return false;
   }
-stop:
-  for (int k = 0; k < K; ++k) {
-    streams[k].position = position[k];
-    streams[k].out = out[k];
+  const uint32_t a_literals = load_u32<kA>(streams, a);
+  std::memcpy(out, &a_literals, 4);
+  bits >>= used & 63;
+  uint8_t* to = out + load_u8<kA + 3>(streams, a);
+  uint64_t length = load_u8<kA + 5>(streams, a);
+
+  const uint64_t b = steered<kIndexBits>(bits, load_u8<kA + 6>(streams, a));
+  const uint32_t b_literals = load_u32<kLiterals>(streams, b);
+  std::memcpy(to, &b_literals, 4);
+  const uint64_t b_used = load_u8<kLiterals + 4>(streams, b);
+  bits >>= b_used & 63;
+  used += b_used;
+  length += load_u8<kLiterals + 5>(streams, b);
+  to += load_u8<kLiterals + 3>(streams, b);
+
+  const uint64_t d = steered<kDistanceIndexBits>(bits, load_u8<kLiterals + 7>(streams, b));
+  const uint64_t where = load_u16<kDistances + 4>(streams, d);
+#ifdef CXRFAST_INFLATE_BMI2
+  const uint64_t extra = __bextr_u64(bits, where);
+#else
+  const uint64_t extra = bits >> (load_u8<kDistances + 7>(streams, d) & 63) & where;
+#endif
+  const uint8_t* from = to - add_u32<kDistances>(extra, streams, d);
+  if (reinterpret_cast<int64_t>(from) < reinterpret_cast<int64_t>(streams[k].out_begin)) [[unlikely]] {
+    stopped_ret = {Stop::kMatch, k, length};
+    position += used;
+    out = to;
+    return false;
   }
+  std::memcpy(to, from, kMaxCopy);
+  out = to + length;
+  position += used + load_u8<kDistances + 6>(streams, d);
+  return true;
+}
+
+// Takes up to `steps` > 0 steps of each stream.
+template <size_t... k>
+[[gnu::noinline]] Stopped take_steps(Stream* streams, uint64_t steps, std::index_sequence<k...>) {
+  uint64_t position[] = {streams[k].position...};
+  uint8_t* out[] = {streams[k].out...};
+  Stopped stopped = {Stop::kSteps, 0, 0};
+  uint64_t three = 3, index_bits = kIndexBits;
+#ifdef CXRFAST_INFLATE_BMI2
+  asm("" : "+r"(three), "+r"(index_bits));  // known to be constants, they would become copies and masks again
+#endif
+  while ((step<k>(streams, position[k], out[k], three, index_bits, stopped) && ...) && --steps > 0) {
+  }
+  ((streams[k].position = position[k], streams[k].out = out[k]), ...);
   return stopped;
 }
 
@@ -512,7 +625,7 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
       }
     }
     Stopped stopped = {Stop::kSymbol, shortest, 0};
-    if (steps > 0) stopped = take_steps<K>(streams, steps);
+    if (steps > 0) stopped = take_steps(streams, steps, std::make_index_sequence<K>());
     if (stopped.why == Stop::kSteps) continue;
     Stream& stream = streams[stopped.stream];
     Outcome outcome = Outcome::kContinue;
@@ -526,6 +639,13 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
       return stopped.stream;
     }
   }
+}
+
+template <size_t... k>
+int run_until_one_ends(Stream* streams, int running, Outcome& outcome_ret, std::index_sequence<k...>) {
+  int ended = 0;
+  ((running == k + 1 ? void(ended = run_until_one_ends<k + 1>(streams, outcome_ret)) : void()), ...);
+  return ended;
 }
 
 void run_streams(InflateFeed& feed) {
@@ -556,9 +676,7 @@ void run_streams(InflateFeed& feed) {
     }
     if (running == 0) return;
     Outcome outcome = Outcome::kContinue;
-    const int ended = running == 1   ? run_until_one_ends<1>(streams, outcome)
-                      : running == 2 ? run_until_one_ends<2>(streams, outcome)
-                                     : run_until_one_ends<kInflateStreams>(streams, outcome);
+    const int ended = run_until_one_ends(streams, running, outcome, std::make_index_sequence<kInflateStreams>());
     InflateJob& job = *streams[ended].job;
     --running;
     if (ended != running) streams[ended] = streams[running];

@@ -1,6 +1,8 @@
 // inflate_portable.cpp - the inflate kernel for any 64-bit little-endian CPU.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "adler32.h"
 #include "deflate_format.h"
