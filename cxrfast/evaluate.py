@@ -37,6 +37,7 @@ from cxrfast.store import Store, open_store
 from cxrfast.train import read_metrics
 
 _ROC_POINTS = 1000  # more than a panel has pixels
+_MIN_PATIENTS = 5  # with each label, for a standard error
 _SHOWN_FILMS = 2  # in the figure of the preparation, each of another patient
 
 
@@ -180,9 +181,13 @@ def check_unseen(run: Run, store: Store, split: Split) -> None:
             f"it cannot be known on which patients {run.path} was trained: its split was {run.split_name} "
             f"({run.split_digest[:12]}), and {run.split} is now {trained}"
         )
-    check_leak(
-        own.index["patient"].to_numpy(np.int64)[trained.train], store.index["patient"].to_numpy(np.int64)[split.test]
-    )
+    try:
+        check_leak(
+            own.index["patient"].to_numpy(np.int64)[trained.train],
+            store.index["patient"].to_numpy(np.int64)[split.test],
+        )
+    except InputError as error:
+        raise InputError(f"{run.path} cannot be tested on the split {split}: {error}") from None
 
 
 def score_run(run: Run, name: str, store: Store, split: Split, device: torch.device, config: EvalConfig) -> Scores:
@@ -242,7 +247,9 @@ def standard_errors(
         scores: floating (N, C). targets: (N, C), 1, 0 or NaN. patients: (N,).
         repeats: resamples, each of as many patients as there are, drawn with replacement.
     Returns:
-        float64 (C,), and that of the mean over the defined classes; NaN where fewer than two resamples define it.
+        float64 (C,), and that of the mean over the defined classes. NaN for a class of which one label occurs in fewer
+        than ``_MIN_PATIENTS`` patients, and then for the mean, too: resamples without them leave the class undefined,
+        and those with them repeat one patient, so that the spread would look smaller than it is.
     Source: Efron & Tibshirani 1993, bootstrap over clusters.
     """
     C = scores.shape[1]
@@ -250,8 +257,13 @@ def standard_errors(
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(ids), np.full(len(ids), 1 / max(1, len(ids))), size=repeats)[:, cluster]
     auc = np.full((repeats, C), np.nan)
+    enough, defined = np.zeros(C, bool), np.zeros(C, bool)
     for c in range(C):
         known = np.isfinite(targets[:, c])
+        carriers = [len(np.unique(cluster[targets[:, c] == label])) for label in (0, 1)]
+        enough[c], defined[c] = min(carriers) >= _MIN_PATIENTS, min(carriers) > 0
+        if not enough[c]:
+            continue
         _, bins = np.unique(scores[known, c], return_inverse=True)
         positive = targets[known, c] == 1
         for i in range(repeats):
@@ -260,10 +272,13 @@ def standard_errors(
             neg = np.bincount(bins, drawn * ~positive)
             if pos.sum() and neg.sum():
                 auc[i, c] = (pos * (neg.cumsum() - neg / 2)).sum() / (pos.sum() * neg.sum())
-    defined = np.isfinite(auc)
-    macro = np.array([row[known].mean() for row, known in zip(auc, defined, strict=True) if known.any()])
-    errors = [auc[defined[:, c], c].std(ddof=1) if defined[:, c].sum() > 1 else np.nan for c in range(C)]
-    return np.array(errors), float(macro.std(ddof=1)) if len(macro) > 1 else math.nan
+    errors = np.full(C, np.nan)
+    whole = auc[np.isfinite(auc[:, enough]).all(axis=1)]  # of five patients, 1 resample in 150 has none
+    if len(whole) < 2 or not enough.any():
+        return errors, math.nan
+    errors[enough] = whole[:, enough].std(axis=0, ddof=1)
+    macro = float(whole[:, enough].mean(axis=1).std(ddof=1)) if (enough == defined).all() else math.nan
+    return errors, macro
 
 
 def _check_interval(auc: np.ndarray, result: AucResult) -> None:

@@ -135,7 +135,7 @@ def check_leak(train_patients: np.ndarray, test_patients: np.ndarray) -> None:
     n_test = int(np.isin(test_patients, shared).sum())
     raise InputError(
         f"patient {shared[0]} is in training and in test ({len(shared)} such patient(s), with {n_train} training and "
-        f"{n_test} test films); a score on them would not be one on unseen patients, so make the lists disjoint"
+        f"{n_test} test films); a score on them would not be one on unseen patients"
     )
 
 

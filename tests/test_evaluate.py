@@ -171,7 +171,6 @@ def test_command_with_both_models_and_figures(
             "result.json",
             *(f"{name}.{suffix}" for name in ("roc", "training") for suffix in ("png", "svg")),
         }
-        assert found["macro_standard_error"] > 0
     drawn = {"labels", "age", "sex", "view", "preparation", "roc_compared"}
     assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == drawn
     assert sorted(result["files"]) == sorted(str(path) for path in out.rglob("*") if path.is_file())
@@ -320,6 +319,7 @@ def test_patients_who_were_trained_on_are_not_tested_on(
     patient = index["patient"].iloc[split.train[0]]
     lists = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
     refused(capsys, f"patient {patient} is in training and in test", str(run), "--split", lists)
+    assert not (run / "eval").exists()
 
 
 def test_another_store_is_tested_only_when_the_training_patients_are_known(
@@ -403,11 +403,19 @@ def test_repeated_films_of_a_patient_are_no_further_evidence() -> None:
 
 
 def test_standard_errors_of_the_undefined() -> None:
-    targets = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.float32)
-    errors, macro = standard_errors(np.arange(8.0).reshape(4, 2), targets, np.arange(4), 20)
-    assert not math.isnan(errors[0]) and math.isnan(errors[1]) and not math.isnan(macro)
-    errors, macro = standard_errors(np.zeros((4, 2)), targets, np.arange(4), 0)
-    assert np.isnan(errors).all() and math.isnan(macro)
+    """One label only: no error, and the mean does without it. Four patients with a label: too few, the mean, too."""
+    targets = np.zeros((20, 3), np.float32)
+    targets[::2, 0] = 1
+    targets[:4, 1] = 1
+    scores = np.random.default_rng(0).normal(size=(20, 3))
+    errors, macro = standard_errors(scores, targets, np.arange(20), 50)
+    assert errors[0] > 0 and np.isnan(errors[1:]).all() and math.isnan(macro)
+    errors, macro = standard_errors(scores[:, [0, 2]], targets[:, [0, 2]], np.arange(20), 50)
+    assert errors[0] == pytest.approx(macro) and math.isnan(errors[1])
+    targets[4, 1] = 1
+    assert standard_errors(scores, targets, np.arange(20), 50)[0][1] > 0
+    assert math.isnan(standard_errors(scores, targets, np.arange(20) // 2, 50)[0][1])
+    assert np.isnan(standard_errors(scores, targets, np.arange(20), 0)[0]).all()
 
 
 @pytest.mark.films
