@@ -9,6 +9,7 @@ Left out: what the figures look like (report.py), and films without a store (pre
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from cxrfast.decode import pillow
 from cxrfast.devices import choose_device, choose_precision
 from cxrfast.errors import InputError
 from cxrfast.files import write_atomic, write_json
+from cxrfast.models import ChestNet
 from cxrfast.nih import CLASSES, PUBLISHED_TOTALS, check_totals
 from cxrfast.run import Run, Weights, load_model, load_run
 from cxrfast.sources import find_films
@@ -136,11 +138,16 @@ def evaluate(config: EvalConfig) -> tuple[list[Scores], list[Path]]:
                 f"{runs[0].path} is on the split {splits[0]} and {run.path} on {split}; their figures do not compare: "
                 "evaluate them one at a time, or both on one with --split"
             )
+    names = _names(config.runs)
+    shared, own = _folders(runs, names, config)
+    for folder in (shared, *own):
+        _check_writable(folder)
+    models = [load_model(run, config.weights) for run in runs]
     scores = [
-        score_run(run, name, store, split, device, config)
-        for run, name, store, split in zip(runs, _names(config.runs), stores, splits, strict=True)
+        score_run(run, name, model, epoch, store, split, device, config)
+        for run, name, (model, epoch), store, split in zip(runs, names, models, stores, splits, strict=True)
     ]
-    return scores, write_results(scores, config)
+    return scores, write_results(scores, shared, own, config.figures)
 
 
 def check_store(run: Run, store: Store) -> None:
@@ -190,13 +197,21 @@ def check_unseen(run: Run, store: Store, split: Split) -> None:
         raise InputError(f"{run.path} cannot be tested on the split {split}: {error}") from None
 
 
-def score_run(run: Run, name: str, store: Store, split: Split, device: torch.device, config: EvalConfig) -> Scores:
-    """Load the weights, score the split's test side, count.
+def score_run(
+    run: Run,
+    name: str,
+    model: ChestNet,
+    epoch: int,
+    store: Store,
+    split: Split,
+    device: torch.device,
+    config: EvalConfig,
+) -> Scores:
+    """Score the split's test side and count.
 
     Raises:
-        InputError: the weights do not match the run's architecture, or a score is not a number.
+        InputError: a score is not a number.
     """
-    model, epoch = load_model(run, config.weights)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = FilmData(store, device, run.normalisation, run.age)
     precision = choose_precision(config.amp, "auto", device)
@@ -357,19 +372,21 @@ def summary(scores: Scores) -> dict[str, Any]:
     }
 
 
-def write_results(scores: Sequence[Scores], config: EvalConfig) -> list[Path]:
-    """Write tables and figures; returns their paths. ``result.json`` comes last: a folder that has it is complete."""
-    shared = config.out or config.runs[0] / "eval"
-    own = [
-        (shared / one.name if config.out and len(scores) > 1 else shared if len(scores) == 1 else one.run.path / "eval")
-        for one in scores
-    ]
+def write_results(scores: Sequence[Scores], shared: Path, own: Sequence[Path], figures: bool) -> list[Path]:
+    """Write tables and figures, and last of all each run's ``result.json``.
+
+    Args:
+        shared: folder for what the runs have in common.
+        own: a folder for each run; the same one where there is one run.
+    Returns:
+        The files' paths.
+    """
     for folder in (shared, *own):
         folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for one, folder in zip(scores, own, strict=True):
-        written += _write_own(one, folder, config.figures)
-    written += _write_shared(scores, shared, config.figures)
+        written += _write_own(one, folder, figures)
+    written += _write_shared(scores, shared, figures)
     for one, folder in zip(scores, own, strict=True):
         write_json(folder / "result.json", summary(one))
         written.append(folder / "result.json")
@@ -424,6 +441,21 @@ def _write_shared(scores: Sequence[Scores], folder: Path, figures: bool) -> list
     names = store.index["file"].iloc[rows].tolist()
     figure = report.preparation_figure(names, _originals(store, names), store.images[rows], *run.normalisation)
     return written + report.save_figure(figure, folder, "preparation")
+
+
+def _folders(runs: Sequence[Run], names: Sequence[str], config: EvalConfig) -> tuple[Path, list[Path]]:
+    """Where the results go that the runs share, and those of each."""
+    shared = config.out or runs[0].path / "eval"
+    if len(runs) == 1:
+        return shared, [shared]
+    return shared, [shared / name if config.out else run.path / "eval" for run, name in zip(runs, names, strict=True)]
+
+
+def _check_writable(folder: Path) -> None:
+    """Said before the work, not after it."""
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{folder} cannot be written ({there} is no folder that can); choose another with --out")
 
 
 def _open_store(run: Run, given: Path | None) -> Store:

@@ -154,6 +154,7 @@ def test_last_epoch_is_named(trained: Path, capsys: pytest.CaptureFixture[str], 
     assert "weights of epoch 1, the last, chosen by nothing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_with_both_models_and_figures(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +369,7 @@ def test_wrong_usage(run: Path, trained: Path, capsys: pytest.CaptureFixture[str
     refused(capsys, "--batch-size", str(run), "--batch-size", "0")
     refused(capsys, "no device 'abacus'", str(run), "--device", "abacus")
     (tmp_path / "file").write_text("")
-    refused(capsys, "", str(run), "--out", str(tmp_path / "file" / "out"))
+    refused(capsys, "out cannot be written", str(run), "--out", str(tmp_path / "file" / "out"))
 
 
 # ---- standard errors ----
