@@ -59,67 +59,6 @@ Status read_open_file(int descriptor, const Limits& limits, Buffer* buffer, size
   return {};
 }
 
-// The films of one call; `next` is shared by the threads, the rest is read only.
-struct Work {
-  BatchFilm* films = nullptr;
-  size_t count = 0;
-  uint32_t size = 0;
-  Isa isa = Isa::kPortable;
-  std::atomic<size_t> next{0};
-};
-
-// What one thread owns.
-class Worker final : private FilmSource {
- public:
-  explicit Worker(const Limits& limits) : decoder_(limits) {}
-
-  void run(Work& work) {
-    work_ = &work;
-    decoder_.decode_resize(*this, work.size, work.isa);
-  }
-
- private:
-  // A film under way. FilmJob is a base, so that a job leads back to its place.
-  struct Place : FilmJob {
-    BatchFilm* film = nullptr;  // nullptr: free
-    Buffer buffer;              // the file, where it is read here
-  };
-
-  FilmJob* next() override {
-    while (true) {
-      const size_t i = work_->next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= work_->count) return nullptr;
-      BatchFilm& film = work_->films[i];
-      Place& place = *std::find_if(std::begin(places_), std::end(places_), [](const Place& p) { return !p.film; });
-      static_cast<FilmJob&>(place) = {film.file, film.file_nbytes, film.out, 0, 0, {}};
-      if (film.path != nullptr) {
-        film.status = read_file(film.path, decoder_.limits(), &place.buffer, &place.file_nbytes);
-        if (!film.status.ok()) {
-          film.sum = film.sumsq = 0;
-          std::memset(film.out, 0, size_t{work_->size} * work_->size);
-          continue;
-        }
-        place.file = place.buffer.data();
-      }
-      place.film = &film;
-      return &place;
-    }
-  }
-
-  void finished(FilmJob& job) override {
-    auto& place = static_cast<Place&>(job);
-    place.film->sum = job.sum;
-    place.film->sumsq = job.sumsq;
-    place.film->status = job.status;
-    place.film = nullptr;
-    place.buffer.release_above(kKeptFileNbytes);
-  }
-
-  FilmDecoder decoder_;
-  Place places_[kFilmsInFlight + 1];  // one may be postponed
-  Work* work_ = nullptr;
-};
-
 }  // namespace
 
 Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret) {
@@ -129,6 +68,36 @@ Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t*
   const Status status = read_open_file(descriptor, limits, buffer, file_nbytes_ret);
   close(descriptor);
   return status;
+}
+
+FilmJob* Worker::next() {
+  while (true) {
+    const size_t i = work_->next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= work_->count) return nullptr;
+    BatchFilm& film = work_->films[i];
+    Place& place = *std::find_if(std::begin(places_), std::end(places_), [](const Place& p) { return !p.film; });
+    static_cast<FilmJob&>(place) = {film.file, film.file_nbytes, film.out, 0, 0, {}};
+    if (film.path != nullptr) {
+      film.status = read_file(film.path, decoder_.limits(), &place.buffer, &place.file_nbytes);
+      if (!film.status.ok()) {
+        film.sum = film.sumsq = 0;
+        std::memset(film.out, 0, size_t{work_->size} * work_->size);
+        continue;
+      }
+      place.file = place.buffer.data();
+    }
+    place.film = &film;
+    return &place;
+  }
+}
+
+void Worker::finished(FilmJob& job) {
+  auto& place = static_cast<Place&>(job);
+  place.film->sum = job.sum;
+  place.film->sumsq = job.sumsq;
+  place.film->status = job.status;
+  place.film = nullptr;
+  place.buffer.release_above(kKeptFileNbytes);
 }
 
 struct Batch::State {

@@ -1,6 +1,7 @@
 // batch.h - many films, from memory or from files, on several threads.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,6 +18,42 @@ struct BatchFilm {
   int64_t sum = 0;
   int64_t sumsq = 0;
   Status status;
+};
+
+// The films of one call; `next` is shared by the threads, the rest is read only.
+struct Work {
+  BatchFilm* films = nullptr;
+  size_t count = 0;
+  uint32_t size = 0;
+  Isa isa = Isa::kPortable;
+  std::atomic<size_t> next{0};
+};
+
+// What one thread owns. For those who have threads already (csrc/dali); Batch is a pool of its own.
+class Worker final : private FilmSource {
+ public:
+  explicit Worker(const Limits& limits) : decoder_(limits) {}
+
+  // Takes films, beside the other workers of the same work, until none is left. Their results do not depend on who
+  // takes them.
+  void run(Work& work) {
+    work_ = &work;
+    decoder_.decode_resize(*this, work.size, work.isa);
+  }
+
+ private:
+  // A film under way. FilmJob is a base, so that a job leads back to its place.
+  struct Place : FilmJob {
+    BatchFilm* film = nullptr;  // nullptr: free
+    Buffer buffer;              // the file, where it is read here
+  };
+
+  FilmJob* next() override;
+  void finished(FilmJob& job) override;
+
+  FilmDecoder decoder_;
+  Place places_[kFilmsInFlight + 1];  // one may be postponed
+  Work* work_ = nullptr;
 };
 
 // A pool of threads, each with its own FilmDecoder. The calling thread is one of them, so a pool of one starts none.
