@@ -523,13 +523,13 @@ inline uint64_t bits_at(uint64_t position, uint64_t) {
 
 #endif
 
-// The index of a steered look-up: the next kBits bits, kSteer entries up, or 0.
+// A steered look-up starts `steer` entries up and takes the next kBits bits as its index, or none.
 template <int kBits>
 [[gnu::always_inline]] inline uint64_t steered(uint64_t bits, uint64_t steer) {
 #ifdef CXRFAST_INFLATE_BMI2
-  return _bzhi_u64(bits, static_cast<unsigned>(steer)) + steer;
+  return _bzhi_u64(bits, static_cast<unsigned>(steer));
 #else
-  return (bits & ((1 << kBits) - 1) & (0 - steer)) + steer;
+  return bits & ((1 << kBits) - 1) & (0 - steer);
 #endif
 }
 
@@ -549,6 +549,7 @@ template <int k>
   constexpr size_t kA = kLiterals + kSteer * 8;
   uint64_t used = load_u8<kA + 4>(streams, a);
   if (used == 0) [[unlikely]] {
+#ifdef CXRFAST_INFLATE_BMI2
     // Most of these are literals with long codes; they are not worth a stop.
     unsigned length = 0;
     const int symbol = streams[k].literal_code.decode(bits, length);
@@ -557,6 +558,7 @@ template <int k>
       position += length;
       return true;
     }
+#endif
     stopped_ret = {Stop::kSymbol, k, 0};
     return false;
   }
@@ -566,23 +568,27 @@ template <int k>
   uint8_t* to = out + load_u8<kA + 3>(streams, a);
   uint64_t length = load_u8<kA + 5>(streams, a);
 
-  const uint64_t b = steered<kIndexBits>(bits, load_u8<kA + 6>(streams, a));
-  const uint32_t b_literals = load_u32<kLiterals>(streams, b);
+  const uint64_t b_steer = load_u8<kA + 6>(streams, a);
+  const uint64_t* b_from = reinterpret_cast<const uint64_t*>(streams) + b_steer;
+  const uint64_t b = steered<kIndexBits>(bits, b_steer);
+  const uint32_t b_literals = load_u32<kLiterals>(b_from, b);
   std::memcpy(to, &b_literals, 4);
-  const uint64_t b_used = load_u8<kLiterals + 4>(streams, b);
+  const uint64_t b_used = load_u8<kLiterals + 4>(b_from, b);
   bits >>= b_used & 63;
   used += b_used;
-  length += load_u8<kLiterals + 5>(streams, b);
-  to += load_u8<kLiterals + 3>(streams, b);
+  length += load_u8<kLiterals + 5>(b_from, b);
+  to += load_u8<kLiterals + 3>(b_from, b);
 
-  const uint64_t d = steered<kDistanceIndexBits>(bits, load_u8<kLiterals + 7>(streams, b));
-  const uint64_t where = load_u16<kDistances + 4>(streams, d);
+  const uint64_t d_steer = load_u8<kLiterals + 7>(b_from, b);
+  const uint64_t* d_from = reinterpret_cast<const uint64_t*>(streams) + d_steer;
+  const uint64_t d = steered<kDistanceIndexBits>(bits, d_steer);
+  const uint64_t where = load_u16<kDistances + 4>(d_from, d);
 #ifdef CXRFAST_INFLATE_BMI2
   const uint64_t extra = __bextr_u64(bits, where);
 #else
-  const uint64_t extra = bits >> (load_u8<kDistances + 7>(streams, d) & 63) & where;
+  const uint64_t extra = bits >> (load_u8<kDistances + 7>(d_from, d) & 63) & where;
 #endif
-  const uint8_t* from = to - add_u32<kDistances>(extra, streams, d);
+  const uint8_t* from = to - add_u32<kDistances>(extra, d_from, d);
   if (reinterpret_cast<int64_t>(from) < reinterpret_cast<int64_t>(streams[k].out_begin)) [[unlikely]] {
     stopped_ret = {Stop::kMatch, k, length};
     position += used;
@@ -591,7 +597,7 @@ template <int k>
   }
   std::memcpy(to, from, kMaxCopy);
   out = to + length;
-  position += used + load_u8<kDistances + 6>(streams, d);
+  position += used + load_u8<kDistances + 6>(d_from, d);
   return true;
 }
 
