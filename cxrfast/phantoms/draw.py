@@ -11,6 +11,7 @@ Side -1 is the patient's right lung (viewer's left), +1 the left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 GRID = 384  # anatomy is drawn on this grid, then enlarged; its sharpest edges are as soft as a real film's
-_CLASSES_DRAWN: dict[str, Callable[[Chest], None]] = {}
+_DRAWERS: dict[str, Callable[[Chest], None]] = {}  # filled by @_sign, in the order in which signs are drawn
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Case:
 def draw_film(case: Case, size: int = 1024) -> np.ndarray:
     """The film of a case: uint8 (size, size)."""
     chest = Chest(case)
-    chest.draw_lungs()
-    for name, draw in _CLASSES_DRAWN.items():
+    chest.draw_soft_tissue()
+    for name, draw in _DRAWERS.items():
         if name in case.signs:
             draw(chest)
     chest.draw_bones()
@@ -60,23 +61,25 @@ class Chest:
     """The grey image under construction and the shapes that signs refer to. Arrays are float32 (GRID, GRID)."""
 
     def __init__(self, case: Case) -> None:
+        """Pose and proportions; those that a sign changes (heart, domes) take it into account from the start."""
         self.case = case
         self.body = np.random.default_rng(case.body_seed)
         self.film = np.random.default_rng(case.film_seed)
         body, film = self.body, self.film
         self.sick = case.signs.__contains__
-        axis = (np.arange(GRID, dtype=np.float32) + np.float32(0.5)) / np.float32(GRID)
+        axis = (np.arange(GRID, dtype=np.float32) + 0.5) / GRID
         male, ap, child = case.sex == "M", case.view == "AP", case.age < 14
         # one person's frame, then how this film was taken
-        self.scale = np.float32((1.0 if male else 0.95) * (0.9 if child else 1) * body.uniform(0.97, 1.03))
+        self.scale = (1.0 if male else 0.95) * (0.9 if child else 1) * body.uniform(0.97, 1.03)
         zoom = film.uniform(0.98, 1.02)
-        turn = np.float32(film.uniform(-0.025, 0.025))
-        shift_x, shift_y = film.uniform(-0.012, 0.012, 2)
-        x0 = (axis[None, :] - np.float32(0.5 + shift_x)) * np.float32(zoom)
-        y0 = (axis[:, None] - np.float32(0.5 + shift_y)) * np.float32(zoom)
+        turn = film.uniform(-0.025, 0.025)
+        shift_x, shift_y = film.uniform(-0.012, 0.012, 2).tolist()
+        x0 = (axis[None, :] - (0.5 + shift_x)) * zoom
+        y0 = (axis[:, None] - (0.5 + shift_y)) * zoom
         self.x = x0 + turn * y0  # (GRID, GRID), 0 on the midline
-        self.y = y0 - turn * x0 + np.float32(0.5)
-        self.heart_width = np.float32(
+        self.y = y0 - turn * x0 + 0.5
+        self.ax = np.abs(self.x)
+        self.heart_width = (
             0.118
             * body.uniform(0.95, 1.05)
             * (1.08 if ap else 1)
@@ -86,11 +89,11 @@ class Chest:
         volume = -0.02 if ap else 0.0
         volume += 0.065 if self.sick("Emphysema") else 0
         volume -= 0.02 if self.sick("Fibrosis") else 0
-        self.dome_y = {-1: np.float32(0.695 + volume), 1: np.float32(0.715 + volume)}
-        self.dome_curve = np.float32(0.35 if self.sick("Emphysema") else 1.9)
+        self.dome_y = {-1: 0.695 + volume, 1: 0.715 + volume}
+        self.dome_curve = 0.35 if self.sick("Emphysema") else 1.9
         self.atelectatic_side = -1 if film.random() < 0.8 else 1
         if self.sick("Atelectasis"):
-            self.dome_y[self.atelectatic_side] -= np.float32(0.07)
+            self.dome_y[self.atelectatic_side] -= 0.07
         self.grey = np.zeros((GRID, GRID), np.float32)
         self.lung: dict[int, np.ndarray] = {}
 
@@ -99,14 +102,14 @@ class Chest:
     def ellipse(self, cx: float, cy: float, a: float, b: float, soft: float = 0.01, slope: float = 0.0) -> np.ndarray:
         """1 inside the ellipse about (cx, cy), falling to 0 over ``soft``; ``slope`` shears it (dy per dx)."""
         q = np.sqrt(self.q(cx, cy, a, b, slope))
-        return _ramp((1 - q) * np.float32(min(a, b) / soft) + np.float32(0.5))
+        return _ramp((1 - q) * (min(a, b) / soft) + 0.5)
 
     def q(self, cx: float, cy: float, a: float, b: float, slope: float = 0.0) -> np.ndarray:
         """Squared radius in units of the half axes a and b."""
-        dx = self.x - np.float32(cx)
-        dy = self.y - np.float32(cy) - np.float32(slope) * dx
-        dx *= np.float32(1 / a)
-        dy *= np.float32(1 / b)
+        dx = self.x - cx
+        dy = self.y - cy - slope * dx
+        dx *= 1 / a
+        dy *= 1 / b
         return dx * dx + dy * dy
 
     def blob(self, cx: float, cy: float, a: float, b: float, slope: float = 0.0) -> np.ndarray:
@@ -115,7 +118,7 @@ class Chest:
 
     def mix(self, target: float, alpha: np.ndarray) -> None:
         """Move the grey towards ``target`` by ``alpha``."""
-        self.grey += (np.float32(target) - self.grey) * alpha
+        self.grey += (target - self.grey) * alpha
 
     def lines(self, paths: list[list[tuple[float, float]]], widths: list[float], soft: float) -> np.ndarray:
         """Polylines given in film coordinates about the midline, 1 on the line; widths and ``soft`` in grid pixels."""
@@ -123,70 +126,65 @@ class Chest:
         pen = ImageDraw.Draw(plate)
         for path, width in zip(paths, widths, strict=True):
             pen.line([((x + 0.5) * GRID, y * GRID) for x, y in path], fill=255, width=max(1, round(width)))
-        return np.asarray(plate.filter(ImageFilter.BoxBlur(soft)), np.float32) * np.float32(1 / 255)
+        return np.asarray(plate.filter(ImageFilter.BoxBlur(soft)), np.float32) / 255
 
     # ---- anatomy ----
 
-    def draw_lungs(self) -> None:
-        """Soft tissue, lungs, mediastinum, heart, diaphragm and abdomen."""
-        case, x, y, body = self.case, self.x, self.y, self.body
-        male = case.sex == "M"
-        ax = np.abs(x)
-        self.ax = ax
-        # shoulders slope from the neck; the flanks are the body's side
-        shoulder = np.float32(0.07) + np.maximum(ax - np.float32(0.1), 0) * np.float32(0.42 if male else 0.5)
-        flank = (
-            np.float32((0.475 if male else 0.445) * self.scale) + _ramp((np.float32(0.36) - y) / np.float32(0.3)) * 1
-        )
-        torso = _ramp((y - shoulder) / np.float32(0.03)) * _ramp((flank - ax) / np.float32(0.03))
-        neck = _ramp((np.float32(0.1) - ax) / np.float32(0.03)) * _ramp((np.float32(0.3) - y) / np.float32(0.1))
-        skin = self.skin = np.maximum(torso, neck)
-        depth = 1 - np.minimum(ax * np.float32(1 / 0.55), 1) ** 2
-        self.grey = skin * (np.float32(0.48) + np.float32(0.2) * depth) - np.float32(0.01)
-        if not male and case.age > 13:
-            fold = np.float32(body.uniform(0.68, 0.74))
-            for side in (-1, 1):
-                self.grey += np.float32(0.1) * self.ellipse(side * 0.27, fold, 0.17, 0.14, 0.03) * skin
-        # lungs: a column that tapers to the apex
-        taper = _ramp((y - np.float32(0.1)) / np.float32(0.36))
-        half = np.float32(0.085) + np.float32(0.085) * taper
-        half *= self.scale
-        centre = np.float32(0.135) + np.float32(0.065) * taper
-        top = np.float32(0.125)
-        for side in (-1, 1):
-            dx = (x * side - centre) / half
-            dy = (y - np.float32(0.53)) / np.float32(0.53 - top)
-            dy *= dy
-            q = dx * dx + dy * dy * dy
-            shape = _ramp((1 - np.sqrt(q)) * np.float32(14) + np.float32(0.5))
-            cx = np.float32(0.16)
-            dome = self.dome_y[side] + self.dome_curve * (x * side - cx) ** 2
-            above = _ramp((dome - y) / np.float32(0.014) + np.float32(0.5))
-            self.lung[side] = shape * above
-        self.lungs = self.lung[-1] + self.lung[1]
-        lung_grey = 0.27 if case.view == "PA" else 0.31
-        self.mix(0.15 if self.sick("Emphysema") else lung_grey, self.lungs)
-        below = _ramp((y - np.float32(0.72)) / np.float32(0.16)) * skin * (1 - self.lungs)
-        self.mix(0.82, below * np.float32(0.8))
-        # mediastinum, aortic knob, heart
-        width = np.float32(0.052) + np.float32(0.02) * _ramp((y - np.float32(0.3)) / np.float32(0.3))
-        pull = 0.0
-        if self.sick("Atelectasis"):
-            pull = 0.03 * self.atelectatic_side  # the collapsed side draws the middle over
-        middle = _ramp((width - np.abs(x - np.float32(pull))) / np.float32(0.018) + np.float32(0.5)) * skin
-        self.mix(0.66, middle * _ramp((np.float32(0.84) - y) / np.float32(0.12)))
-        knob = 0.024 + 0.012 * min(max(case.age - 30, 0), 50) / 50
-        self.mix(0.66, self.ellipse(0.052 + pull, 0.3, knob, 0.035, 0.015))
-        w = float(self.heart_width)
-        self.heart = self.ellipse(0.35 * w + pull, 0.61, w, 0.125, 0.018, 0.25)
-        self.mix(0.68, self.heart * _ramp((np.float32(0.78) - y) / np.float32(0.04)))
-        # trachea, stomach bubble, vessels
-        wind = _ramp((np.float32(0.014) - np.abs(x - np.float32(0.6 * pull))) / np.float32(0.008) + np.float32(0.5))
-        self.grey -= np.float32(0.09) * wind * _ramp((np.float32(0.34) - y) / np.float32(0.06))
-        if body.random() < 0.5:
-            gy = float(self.dome_y[1]) + 0.07
-            self.grey -= np.float32(0.22) * self.ellipse(0.2, gy, 0.05, 0.025, 0.012)
+    def draw_soft_tissue(self) -> None:
+        """Everything under the bones: body, lungs, the middle of the chest, vessels."""
+        self._draw_body()
+        self._draw_lungs()
+        self._draw_middle()
         self._draw_vessels()
+
+    def _draw_body(self) -> None:
+        """The outline: shoulders that slope from the neck, flanks, and a woman's breasts."""
+        y, ax, male = self.y, self.ax, self.case.sex == "M"
+        shoulder = 0.07 + np.maximum(ax - 0.1, 0) * (0.42 if male else 0.5)
+        flank = (0.475 if male else 0.445) * self.scale + _ramp((0.36 - y) / 0.3)  # above, the arms
+        torso = _ramp((y - shoulder) / 0.03) * _ramp((flank - ax) / 0.03)
+        neck = _ramp((0.1 - ax) / 0.03) * _ramp((0.3 - y) / 0.1)
+        self.skin = np.maximum(torso, neck)
+        depth = 1 - np.minimum(ax / 0.55, 1) ** 2
+        self.grey = self.skin * (0.48 + 0.2 * depth) - 0.01
+        fold = self.body.uniform(0.68, 0.74)
+        if not male and self.case.age > 13:
+            for side in (-1, 1):
+                self.grey += 0.1 * self.ellipse(side * 0.27, fold, 0.17, 0.14, 0.03) * self.skin
+
+    def _draw_lungs(self) -> None:
+        """Two columns that taper to the apex and end on the domes of the diaphragm; below them the abdomen."""
+        x, y = self.x, self.y
+        taper = _ramp((y - 0.1) / 0.36)
+        half_width = (0.085 + 0.085 * taper) * self.scale
+        centre = 0.135 + 0.065 * taper
+        dy = ((y - 0.53) / 0.405) ** 2
+        for side in (-1, 1):
+            dx = (x * side - centre) / half_width
+            column = _ramp((1 - np.sqrt(dx * dx + dy * dy * dy)) * 14 + 0.5)
+            dome = self.dome_y[side] + self.dome_curve * (x * side - 0.16) ** 2
+            self.lung[side] = column * _ramp((dome - y) / 0.014 + 0.5)
+        self.lungs = self.lung[-1] + self.lung[1]
+        air = 0.27 if self.case.view == "PA" else 0.31
+        self.mix(0.15 if self.sick("Emphysema") else air, self.lungs)
+        self.mix(0.82, _ramp((y - 0.72) / 0.16) * self.skin * (1 - self.lungs) * 0.8)
+
+    def _draw_middle(self) -> None:
+        """Mediastinum, aortic knob (larger with age), heart, trachea, and the stomach's bubble in some."""
+        x, y = self.x, self.y
+        # a collapsed lung draws the middle over to its side
+        pull = 0.03 * self.atelectatic_side if self.sick("Atelectasis") else 0.0
+        width = 0.052 + 0.02 * _ramp((y - 0.3) / 0.3)
+        middle = _ramp((width - np.abs(x - pull)) / 0.018 + 0.5) * self.skin
+        self.mix(0.66, middle * _ramp((0.84 - y) / 0.12))
+        knob = 0.024 + 0.012 * min(max(self.case.age - 30, 0), 50) / 50
+        self.mix(0.66, self.ellipse(0.052 + pull, 0.3, knob, 0.035, 0.015))
+        self.heart = self.ellipse(0.35 * self.heart_width + pull, 0.61, self.heart_width, 0.125, 0.018, 0.25)
+        self.mix(0.68, self.heart * _ramp((0.78 - y) / 0.04))
+        trachea = _ramp((0.014 - np.abs(x - 0.6 * pull)) / 0.008 + 0.5)
+        self.grey -= 0.09 * trachea * _ramp((0.34 - y) / 0.06)
+        if self.body.random() < 0.5:
+            self.grey -= 0.22 * self.ellipse(0.2, self.dome_y[1] + 0.07, 0.05, 0.025, 0.012)
 
     def _draw_vessels(self) -> None:
         """Branches from the hilum to the periphery, thinner and fainter as they go."""
@@ -198,45 +196,41 @@ class Chest:
                 width = 3.2
                 while width > 1.0:
                     step = 0.035
-                    nx, ny = px + step * float(np.cos(heading)), py + step * float(np.sin(heading))
+                    nx, ny = px + step * math.cos(heading), py + step * math.sin(heading)
                     paths.append([(side * px, py), (side * nx, ny)])
                     widths.append(width)
                     px, py, heading, width = nx, ny, heading + float(rng.uniform(-0.3, 0.3)), width - 0.4
         tree = self.lines(paths, widths, 1.2)
         hila = self.blob(-0.075, 0.45, 0.05, 0.085) + self.blob(0.085, 0.43, 0.05, 0.08)
-        self.grey += (np.float32(0.13) * tree + np.float32(0.16) * hila) * self.lungs
+        self.grey += (0.13 * tree + 0.16 * hila) * self.lungs
 
     def draw_bones(self) -> None:
         """Ribs, spine, clavicles and shoulder blades, over everything that is soft."""
         x, y, ax = self.x, self.y, self.ax
         old = max(self.case.age - 60, 0) / 40
-        chest = np.maximum(self.lungs, _ramp((np.float32(0.41) * self.scale - ax) / np.float32(0.03)))
-        chest = (
-            chest * _ramp((y - np.float32(0.1)) / np.float32(0.06)) * _ramp((np.float32(0.86) - y) / np.float32(0.1))
-        )
-        out = ax - np.float32(0.17)
-        for direction, strength, spacing, slant in ((1, 0.075, 0.078, 1.5), (-1, 0.03, 0.082, 0.9)):
-            if direction == 1:  # the back ribs: arches that fall to the side
-                level = y - np.float32(slant) * out * out - np.float32(0.12) * out
-            else:  # the front ribs: fall to the middle
-                level = y + np.float32(slant) * out * out + np.float32(0.45) * out
-            phase = level * np.float32(1 / spacing)
-            phase = np.abs(phase - np.floor(phase) - np.float32(0.5)) * 2  # 0 mid-rib, 1 between ribs
-            rib = _ramp((np.float32(0.46) - phase) * 7 + np.float32(0.5))
+        chest = np.maximum(self.lungs, _ramp((0.41 * self.scale - ax) / 0.03))
+        chest = chest * _ramp((y - 0.1) / 0.06) * _ramp((0.86 - y) / 0.1)
+        out = ax - 0.17
+        # the back ribs arch and fall to the side; the front ribs, fainter, fall to the middle
+        for bend, fall, strength, spacing in ((-1.5, -0.12, 0.075, 0.078), (0.9, 0.45, 0.03, 0.082)):
+            level = y + bend * out * out + fall * out
+            phase = level / spacing
+            phase = np.abs(phase - np.floor(phase) - 0.5) * 2  # 0 mid-rib, 1 between ribs
+            rib = _ramp((0.46 - phase) * 7 + 0.5)
             edge = rib * (1 - rib) * 4
-            self.grey += chest * np.float32(strength * (1 - 0.3 * old)) * (rib + np.float32(0.35) * edge)
-        spine = _ramp((np.float32(0.036) - ax) / np.float32(0.01) + np.float32(0.5))
-        disc = y * np.float32(1 / 0.052)
-        disc = _ramp(np.abs(disc - np.floor(disc) - np.float32(0.5)) * 5 - np.float32(0.2))
-        self.grey += spine * (np.float32(0.07) + np.float32(0.045) * disc)
+            self.grey += chest * (strength * (1 - 0.3 * old)) * (rib + 0.35 * edge)
+        spine = _ramp((0.036 - ax) / 0.01 + 0.5)
+        disc = y / 0.052
+        disc = _ramp(np.abs(disc - np.floor(disc) - 0.5) * 5 - 0.2)
+        self.grey += spine * (0.07 + 0.045 * disc)
         for side in (-1, 1):
             s = x * side
-            along = _ramp((s - np.float32(0.04)) / np.float32(0.02)) * _ramp((np.float32(0.36) - s) / np.float32(0.03))
-            bar = np.abs(y - np.float32(0.185) + (s - np.float32(0.05)) * np.float32(0.24))
-            bar = _ramp((np.float32(0.013) - bar) / np.float32(0.006) + np.float32(0.5))
-            self.grey += np.float32(0.1) * along * bar * self.skin
+            along = _ramp((s - 0.04) / 0.02) * _ramp((0.36 - s) / 0.03)
+            bar = np.abs(y - 0.185 + (s - 0.05) * 0.24)
+            bar = _ramp((0.013 - bar) / 0.006 + 0.5)
+            self.grey += 0.1 * along * bar * self.skin
             blade = 0.345 if self.case.view == "AP" else 0.4
-            self.grey += np.float32(0.07) * self.skin * self.ellipse(side * blade, 0.29, 0.055, 0.13, 0.015, 0.3 * side)
+            self.grey += 0.07 * self.skin * self.ellipse(side * blade, 0.29, 0.055, 0.13, 0.015, 0.3 * side)
 
 
 def _expose(chest: Chest, size: int) -> np.ndarray:
@@ -245,10 +239,10 @@ def _expose(chest: Chest, size: int) -> np.ndarray:
     gain, offset = rng.uniform(0.97, 1.03), rng.uniform(-0.015, 0.015)
     plate = Image.fromarray(chest.grey).resize((size, size), Image.Resampling.BICUBIC)
     film = np.array(plate)
-    film *= np.float32(245 * gain)
-    film += np.float32(245 * offset)
+    film *= 245 * gain
+    film += 245 * offset
     film += _grain(rng, size)
-    pixels = Image.fromarray(np.clip(film + np.float32(0.5), 0, 255).astype(np.uint8))
+    pixels = Image.fromarray(np.clip(film + 0.5, 0, 255).astype(np.uint8))
     _stamp_marker(pixels, rng)
     return np.asarray(pixels)
 
@@ -274,13 +268,13 @@ def _grain(rng: np.random.Generator, size: int) -> np.ndarray:
         across = soft[:, 1:-1] * 2
         across += soft[:, :-2]
         across += soft[:, 2:]
-        across *= np.float32(strength / 6)  # 6 is the norm of the kernel [1 2 1] x [1 2 1]
+        across *= strength / 6  # 6 is the norm of the kernel [1 2 1] x [1 2 1]
         if octave == 1:
-            across += white[1:-1, 1:-1] * np.float32(WHITE)
+            across += white[1:-1, 1:-1] * WHITE
         else:
             across = np.asarray(Image.fromarray(across).resize((size, height), Image.Resampling.BICUBIC))
         band += across
-    band *= np.float32(rng.uniform(0.75, 1.3))  # the dose differs from film to film
+    band *= rng.uniform(0.75, 1.3)  # the dose differs from film to film
     return np.concatenate([band, band[:, ::-1], band[::-1], band[::-1, ::-1]])[:size]
 
 
@@ -297,7 +291,7 @@ def _stamp_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
 
 def _sign(name: str) -> Callable[[Callable[[Chest], None]], Callable[[Chest], None]]:
     def add(draw: Callable[[Chest], None]) -> Callable[[Chest], None]:
-        _CLASSES_DRAWN[name] = draw
+        _DRAWERS[name] = draw
         return draw
 
     return add
@@ -314,13 +308,13 @@ def _draw_emphysema(chest: Chest) -> None:
         for _ in range(2):
             cx = side * chest.film.uniform(0.12, 0.2)
             spot = chest.ellipse(cx, chest.film.uniform(0.24, 0.34), 0.045, 0.045, 0.01)
-            chest.mix(0.08, spot * chest.lung[side] * np.float32(0.6))
+            chest.mix(0.08, spot * chest.lung[side] * 0.6)
 
 
 @_sign("Cardiomegaly")
 def _draw_cardiomegaly(chest: Chest) -> None:
     """The heart was drawn half as wide again; its left border is firm against the lung."""
-    chest.mix(0.74, chest.heart * chest.lungs * np.float32(0.5))
+    chest.mix(0.74, chest.heart * chest.lungs * 0.5)
 
 
 @_sign("Edema")
@@ -328,13 +322,13 @@ def _draw_edema(chest: Chest) -> None:
     """Bat's wings: haze around both hila that leaves the periphery free, and septal lines above the angles."""
     for side in (-1, 1):
         wing = chest.blob(side * 0.13, 0.45, 0.15, 0.25)
-        chest.mix(0.72, np.minimum(wing * 2, 1) * chest.lung[side] * np.float32(0.85))
+        chest.mix(0.72, np.minimum(wing * 2, 1) * chest.lung[side] * 0.85)
     paths = []
     for side in (-1, 1):
         for y in np.arange(0.56, 0.68, 0.018):
             paths.append([(side * 0.27, float(y)), (side * 0.33, float(y))])
     septa = chest.lines(paths, [1.5] * len(paths), 0.8)
-    chest.grey += np.float32(0.16) * septa * chest.lungs
+    chest.grey += 0.16 * septa * chest.lungs
 
 
 @_sign("Infiltration")
@@ -346,7 +340,7 @@ def _draw_infiltration(chest: Chest) -> None:
             cx, cy = side * chest.film.uniform(0.1, 0.29), chest.film.uniform(0.46, 0.66)
             r = chest.film.uniform(0.03, 0.055)
             haze = np.maximum(haze, chest.blob(cx, cy, r, r))
-        chest.mix(0.66, haze * chest.lung[side] * np.float32(0.8))
+        chest.mix(0.66, haze * chest.lung[side] * 0.8)
 
 
 @_sign("Fibrosis")
@@ -358,15 +352,15 @@ def _draw_fibrosis(chest: Chest) -> None:
             for column in range(9):
                 cx = side * (0.07 + 0.032 * (column + 0.5 * (row % 2)))
                 cy = 0.52 + 0.028 * row
-                jx, jy = chest.film.uniform(-0.004, 0.004, 2)
+                jx, jy = chest.film.uniform(-0.004, 0.004, 2).tolist()
                 ring = [
-                    (cx + jx + 0.0155 * float(np.cos(t)), cy + jy + 0.0155 * float(np.sin(t)))
+                    (cx + jx + 0.0155 * math.cos(t), cy + jy + 0.0155 * math.sin(t))
                     for t in np.linspace(0, 2 * np.pi, 7)
                 ]
                 paths.append(ring)
     net = chest.lines(paths, [2.4] * len(paths), 0.8)
-    zone = _ramp((chest.y - np.float32(0.5)) / np.float32(0.06))
-    chest.mix(0.85, net * zone * chest.lungs * np.float32(0.8))
+    zone = _ramp((chest.y - 0.5) / 0.06)
+    chest.mix(0.85, net * zone * chest.lungs * 0.8)
 
 
 @_sign("Consolidation")
@@ -374,13 +368,13 @@ def _draw_consolidation(chest: Chest) -> None:
     """An upper lobe filled down to its fissure, with the bronchi left as dark branches (air bronchogram)."""
     side = _usual_side(chest, -1)
     edge = chest.film.uniform(0.37, 0.4)
-    lobe = _ramp((np.float32(edge) - chest.y) / np.float32(0.012)) * chest.lung[side]
-    chest.mix(0.66, lobe * np.float32(0.85))
+    lobe = _ramp((edge - chest.y) / 0.012) * chest.lung[side]
+    chest.mix(0.66, lobe * 0.85)
     paths = []
     for angle in (-1.3, -0.9, -0.5):
-        end = (side * (0.07 + 0.16 * float(np.cos(angle))), 0.4 + 0.16 * float(np.sin(angle)))
+        end = (side * (0.07 + 0.16 * math.cos(angle)), 0.4 + 0.16 * math.sin(angle))
         paths.append([(side * 0.07, 0.4), end])
-    chest.grey -= np.float32(0.2) * chest.lines(paths, [4.0] * 3, 1.0) * lobe
+    chest.grey -= 0.2 * chest.lines(paths, [4.0] * 3, 1.0) * lobe
 
 
 @_sign("Pneumonia")
@@ -388,19 +382,19 @@ def _draw_pneumonia(chest: Chest) -> None:
     """A lower lobe's fluffy filling that wipes out the heart's border beside it."""
     side = _usual_side(chest, 1)
     patch = chest.blob(side * 0.2, 0.6, 0.17, 0.15)
-    chest.mix(0.74, np.minimum(patch * 2.2, 1) * chest.lung[side] * np.float32(0.9))
+    chest.mix(0.74, np.minimum(patch * 2.2, 1) * chest.lung[side] * 0.9)
 
 
 @_sign("Atelectasis")
 def _draw_atelectasis(chest: Chest) -> None:
     """Plates of collapsed lung above a raised diaphragm; the middle was drawn over to that side."""
     side = chest.atelectatic_side
-    base = float(chest.dome_y[side])
+    base = chest.dome_y[side]
     for rise in (0.05, 0.1):
         plate = chest.ellipse(
             side * 0.19, base - rise + chest.film.uniform(-0.008, 0.008), 0.13, 0.012, 0.01, side * -0.12
         )
-        chest.mix(0.8, plate * chest.lung[side] * np.float32(0.9))
+        chest.mix(0.8, plate * chest.lung[side] * 0.9)
 
 
 @_sign("Mass")
@@ -410,7 +404,7 @@ def _draw_mass(chest: Chest) -> None:
     cx, cy = side * chest.film.uniform(0.17, 0.21), chest.film.uniform(0.36, 0.44)
     disc = chest.ellipse(cx, cy, 0.066, 0.066, 0.012)
     lobe = chest.ellipse(cx + 0.035, cy + 0.035, 0.038, 0.038, 0.012)
-    chest.mix(0.8, np.maximum(disc, lobe) * chest.lung[side] * np.float32(0.95))
+    chest.mix(0.8, np.maximum(disc, lobe) * chest.lung[side] * 0.95)
 
 
 @_sign("Nodule")
@@ -419,9 +413,9 @@ def _draw_nodule(chest: Chest) -> None:
     spots = [(-1, 0.24, 0.36), (1, 0.25, 0.5), (-1, 0.16, 0.55), (1, 0.17, 0.27), (-1, 0.14, 0.27)]
     for index in chest.film.permutation(len(spots))[:4]:
         side, cx, cy = spots[index]
-        jx, jy = chest.film.uniform(-0.02, 0.02, 2)
+        jx, jy = chest.film.uniform(-0.02, 0.02, 2).tolist()
         disc = chest.ellipse(side * cx + jx, cy + jy, 0.022, 0.022, 0.01)
-        chest.mix(0.85, disc * chest.lung[side] * np.float32(0.95))
+        chest.mix(0.85, disc * chest.lung[side] * 0.95)
 
 
 @_sign("Pneumothorax")
@@ -429,10 +423,10 @@ def _draw_pneumothorax(chest: Chest) -> None:
     """Black air without vessels over the apex and side of a lung whose edge shows as a fine bright line."""
     side = _usual_side(chest, 1)
     q = np.sqrt(chest.q(side * 0.115, 0.5, 0.125, 0.285))
-    air = _ramp((q - 1) * np.float32(14)) * chest.lung[side] * _ramp((np.float32(0.66) - chest.y) / np.float32(0.08))
-    line = _ramp(1 - np.abs(q - 1) * np.float32(22)) * chest.lung[side]
-    chest.mix(0.03, air * np.float32(0.95))
-    chest.grey += np.float32(0.25) * line * _ramp((np.float32(0.66) - chest.y) / np.float32(0.08))
+    air = _ramp((q - 1) * 14) * chest.lung[side] * _ramp((0.66 - chest.y) / 0.08)
+    line = _ramp(1 - np.abs(q - 1) * 22) * chest.lung[side]
+    chest.mix(0.03, air * 0.95)
+    chest.grey += 0.25 * line * _ramp((0.66 - chest.y) / 0.08)
 
 
 @_sign("Pleural_Thickening")
@@ -440,12 +434,10 @@ def _draw_pleural_thickening(chest: Chest) -> None:
     """A bright rind along the chest wall, and a cap over the apex."""
     side = _usual_side(chest, -1)
     s = chest.x * side
-    wall = np.float32(0.3 * chest.scale) + np.float32(0.06) * _ramp((chest.y - np.float32(0.2)) / np.float32(0.26))
-    rind = _ramp((s - wall + np.float32(0.045)) / np.float32(0.01)) * _ramp(
-        (chest.y - np.float32(0.25)) / np.float32(0.03)
-    )
-    rind *= _ramp((np.float32(0.6) - chest.y) / np.float32(0.03))
-    chest.mix(0.85, rind * chest.lung[side] * np.float32(0.9))
+    wall = (0.3 * chest.scale) + 0.06 * _ramp((chest.y - 0.2) / 0.26)
+    rind = _ramp((s - wall + 0.045) / 0.01) * _ramp((chest.y - 0.25) / 0.03)
+    rind *= _ramp((0.6 - chest.y) / 0.03)
+    chest.mix(0.85, rind * chest.lung[side] * 0.9)
 
 
 @_sign("Effusion")
@@ -453,9 +445,9 @@ def _draw_effusion(chest: Chest) -> None:
     """Fluid fills a costophrenic angle; its level climbs the chest wall as a meniscus."""
     side = _usual_side(chest, 1)
     s = chest.x * side
-    out = np.maximum(s - np.float32(0.1), 0)
-    level = np.float32(chest.film.uniform(0.6, 0.63)) - np.float32(2.4) * out * out
-    chest.mix(0.8, _ramp((chest.y - level) / np.float32(0.02)) * chest.lung[side] * np.float32(0.95))
+    out = np.maximum(s - 0.1, 0)
+    level = chest.film.uniform(0.6, 0.63) - 2.4 * out * out
+    chest.mix(0.8, _ramp((chest.y - level) / 0.02) * chest.lung[side] * 0.95)
 
 
 @_sign("Hernia")
@@ -464,9 +456,9 @@ def _draw_hernia(chest: Chest) -> None:
     cx, cy = 0.02 + chest.film.uniform(-0.008, 0.008), 0.64
     sac = chest.ellipse(cx, cy, 0.078, 0.07, 0.012)
     chest.mix(0.88, sac)
-    air = chest.ellipse(cx, cy, 0.062, 0.055, 0.01) * _ramp((np.float32(cy + 0.005) - chest.y) / np.float32(0.008))
+    air = chest.ellipse(cx, cy, 0.062, 0.055, 0.01) * _ramp(((cy + 0.005) - chest.y) / 0.008)
     chest.mix(0.18, air)
 
 
-SIGNS = tuple(_CLASSES_DRAWN)
+SIGNS = tuple(_DRAWERS)
 """The classes that can be drawn, in the order in which they are."""
