@@ -40,7 +40,8 @@ class Checkpoint(NamedTuple):
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write one safetensors file durably and in one step; ``state`` (JSON values) and a checksum go into its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"state": json.dumps(state, allow_nan=False), "sha256": _digest(contiguous)}
+    text = json.dumps(state, allow_nan=False)
+    header = {"state": text, "sha256": _digest(contiguous, text)}
     write_atomic(path, save(contiguous, metadata=header))
 
 
@@ -57,8 +58,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = json.loads(header["state"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
-    if _digest(tensors) != header.get("sha256"):
-        raise InputError(f"{path} is damaged: its tensors do not match their checksum")
+    if _digest(tensors, header["state"]) != header.get("sha256"):
+        raise InputError(f"{path} is damaged: its content does not match its checksum")
     return tensors, state
 
 
@@ -94,8 +95,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    digest = hashlib.sha256(f"{state}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

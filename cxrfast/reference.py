@@ -47,7 +47,7 @@ class PaperNet(nn.Module):
             key: value for key, value in self.state_dict().items() if not key.endswith(("conv1.bias", "conv2.bias"))
         }
         net.load_state_dict(state)
-        for ours, theirs in zip(self.blocks, net.blocks, strict=True):  # type: ignore[arg-type, call-overload]
+        for ours, theirs in zip(self.blocks, net.blocks, strict=True):  # type: ignore[arg-type]
             for k in "12":
                 # What batch norm has seen so far was shifted by the bias.
                 shifted = getattr(ours, f"norm{k}").running_mean - getattr(ours, f"conv{k}").bias.detach()

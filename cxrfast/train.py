@@ -377,6 +377,13 @@ class Trainer:
 
     # ---- the arithmetic ----
 
+    def start_step(self, num_rows: int) -> None:
+        """Before `train_step`: place dropout's noise at this step of a global batch of ``num_rows`` films."""
+        step = (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
+        self.noise.start_step(step, self.world.share(num_rows).start, num_rows)
+        if self.device.type == "cpu":  # what the forward pass changes, so that a bad step can be undone
+            self._buffers = [buffer.clone() for buffer in self.net.buffers()]
+
     def train_step(self, batch: Batch, known_share: float = 1.0, known: int | None = None) -> Tensor:
         """Forward, backward, update; returns the loss of this process's rows, still on the device.
 
@@ -415,11 +422,9 @@ class Trainer:
         paused, images = 0.0, 0
         with self._bar(f"epoch {position.epoch}/{config.epochs}", len(order), position.step * config.batch_size) as bar:
             for rows, own_rows, batch in zip(batches, ours, self.data.batches(ours), strict=True):
-                global_step = (position.epoch - 1) * self.steps_per_epoch + position.step
-                self.noise.start_step(global_step, self.world.share(len(rows)).start, len(rows))
+                self.start_step(len(rows))
                 known, all_known = int(self.known[own_rows].sum()), int(self.known[rows].sum())
                 share = known * self.world.size / max(1, all_known) if self.world.size > 1 else 1.0
-                self._before_step()
                 loss = self.train_step(batch, share, known)
                 position.step += 1
                 images += len(rows)
@@ -461,11 +466,6 @@ class Trainer:
                     return
 
     # ---- the guard ----
-
-    def _before_step(self) -> None:
-        """On a CPU, keep what the forward pass changes, so that a bad step can be undone."""
-        if self.device.type == "cpu":
-            self._buffers = [buffer.clone() for buffer in self.net.buffers()]
 
     def _guard(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Note the first step whose loss or gradient is not finite.

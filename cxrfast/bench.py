@@ -1,0 +1,187 @@
+"""How fast this machine trains, and what it waits for: the trainer's own step, timed, against its matrix product.
+
+Promises: every figure comes from one process on one machine within a minute, so that their ratios hold. Left out:
+comparisons with other code (benchmarks/), and several devices.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+
+from cxrfast.data import Placement
+from cxrfast.decode import MAX_SIZE, PIXEL_RULE
+from cxrfast.devices import AmpDtype, choose_device, device_name, matmul_rate, synchronise
+from cxrfast.errors import InputError
+from cxrfast.models import MIN_SIZE, HeadName, ModelName
+from cxrfast.nih import CLASSES
+from cxrfast.parallel import World
+from cxrfast.store import Entry, StoreWriter
+from cxrfast.train import TrainConfig, Trainer
+
+INPUT_BOUND_SHARE = 0.1  # of the step spent on input, from which on the input is what to look at first
+COMPUTE_BOUND_SHARE = 0.5  # of the matrix product's rate, from which on the arithmetic is
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of cxrfast-bench."""
+
+    store: Annotated[Path | None, tyro.conf.Positional] = None
+    """Prepared store; without one, noise of --size is trained on."""
+    model: ModelName = "cnn"
+    """cnn sees the image, multimodal also age, sex and view."""
+    head: HeadName = "flatten"
+    """flatten is the paper's; gap averages each feature map first."""
+    amp: bool = False
+    """Half-precision arithmetic where the device gains by it."""
+    amp_dtype: AmpDtype = "auto"
+    """What --amp means; auto looks at the device."""
+    size: int = 224
+    """Side of the images of noise, pixels."""
+    batch_size: int = 32
+    """Films a step."""
+    steps: int = 10
+    """Steps that are timed, after two that are not."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:0."""
+    data: Placement = "auto"
+    """Where the films are kept."""
+    prefetch: int = 2
+    """Batches read ahead when the films are not on the device."""
+
+
+def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time training steps and say what bounds them.
+
+    Returns:
+        JSON values: ``images_per_second`` (median step), ``input_share``, ``flops_per_second``, ``matmul_per_second``,
+        ``flops_share``, ``verdict`` (input-bound, memory-bound or compute-bound), and what they were measured on.
+    Raises:
+        InputError: wrong options or store.
+    """
+    for name, least in (("steps", 1), ("batch_size", 1)):
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(config, name)}")
+    if not MIN_SIZE <= config.size <= MAX_SIZE:
+        raise InputError(f"--size must be {MIN_SIZE} to {MAX_SIZE} pixels, not {config.size}")
+    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
+        store = config.store or make_noise_store(Path(folder) / "store", 4 * config.batch_size, config.size)
+        options = TrainConfig(
+            store,
+            Path(folder) / "run",
+            model=config.model,
+            head=config.head,
+            amp=config.amp,
+            amp_dtype=config.amp_dtype,
+            batch_size=config.batch_size,
+            data=config.data,
+            prefetch=config.prefetch,
+        )
+        trainer = Trainer(options, World(), choose_device(config.device), say)
+        return _measure(trainer, config.steps, say)
+
+
+def _measure(trainer: Trainer, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
+    device, size = trainer.device, trainer.config.batch_size
+    rate = matmul_rate(device, trainer.precision.dtype)
+    films = torch.from_numpy(trainer.split.train)
+    order = films[torch.randint(len(films), ((steps + 2) * size,), generator=torch.Generator().manual_seed(0))]
+    trainer.model.train()
+    seconds, waits = [], []
+    synchronise(device)
+    begin = time.perf_counter()
+    for number, batch in enumerate(trainer.data.batches(list(order.split(size)))):
+        trainer.start_step(size)
+        trainer.train_step(batch)
+        trainer.position.step = number % trainer.steps_per_epoch
+        synchronise(device)
+        seconds.append(time.perf_counter() - begin)
+        waits.append(trainer.data.wait_s)
+        begin, trainer.data.wait_s = time.perf_counter(), 0.0
+    per_step = statistics.median(seconds[2:])
+    images_per_second = size / per_step
+    flops = images_per_second * trainer.net.flops_per_image(training=True)
+    result: dict[str, Any] = {
+        "images_per_second": images_per_second,
+        "fastest": size / min(seconds[2:]),
+        "slowest": size / max(seconds[2:]),
+        "input_share": sum(waits[2:]) / sum(seconds[2:]),
+        "flops_per_second": flops,
+        "matmul_per_second": rate,
+        "flops_share": flops / rate,
+        "device": device_name(device),
+        "precision": trainer.precision.name,
+        "model": trainer.config.model,
+        "head": trainer.config.head,
+        "size": trainer.store.size,
+        "batch_size": size,
+        "torch": torch.__version__,
+    }
+    result["verdict"] = verdict(result["input_share"], result["flops_share"])
+    say(trainer.precision.line)
+    say(trainer.data.line)
+    say(
+        f"{result['device']}: {images_per_second:,.1f} training images/s ({result['slowest']:,.1f} to "
+        f"{result['fastest']:,.1f} over {steps} steps of {size} films of "
+        f"{trainer.store.size} pixels, {trainer.config.model})"
+    )
+    say(f"{flops / 1e9:,.0f} GFLOP/s, {result['flops_share']:.0%} of a matrix product's {rate / 1e9:,.0f}")
+    say(f"input: {result['input_share']:.1%} of the step")
+    say(
+        f"verdict: {result['verdict']} (input-bound from {INPUT_BOUND_SHARE:.0%} of the step on, else compute-bound "
+        f"from {COMPUTE_BOUND_SHARE:.0%} of the matrix product's rate on, else memory-bound)"
+    )
+    return result
+
+
+def verdict(input_share: float, flops_share: float) -> str:
+    """input-bound, compute-bound or memory-bound."""
+    if input_share >= INPUT_BOUND_SHARE:
+        return "input-bound"
+    return "compute-bound" if flops_share >= COMPUTE_BOUND_SHARE else "memory-bound"
+
+
+def make_noise_store(path: Path, count: int, size: int) -> Path:
+    """A store of uniform noise with random labels, three films a patient: good for time, useless for learning."""
+    rng = np.random.default_rng(0)
+    count = max(count, 60)  # patients enough for both sides of a split
+    images = rng.integers(0, 256, (count, size, size), np.uint8)
+    patient = np.arange(count) // 3 + 1
+    labels = (rng.random((count, len(CLASSES))) < 0.1).astype(np.float32)
+    table = pd.DataFrame(
+        {
+            "file": [f"{patient[i]:08d}_{i % 3:03d}.png" for i in range(count)],
+            "patient": patient,
+            "age": rng.integers(1, 95, count).astype(np.float64),
+            "sex": rng.choice(["M", "F"], count),
+            "view": rng.choice(["PA", "AP"], count),
+            "follow_up": (np.arange(count) % 3).astype(np.float64),
+            **{name: labels[:, c] for c, name in enumerate(CLASSES)},
+        }
+    )
+    entries = [
+        Entry(
+            name,
+            "ok",
+            pixel_sum=int(image.sum(dtype=np.int64)),
+            pixel_sumsq=int(np.square(image, dtype=np.int64).sum()),
+            crc32=f"{zlib.crc32(image.tobytes()):08x}",
+        )
+        for name, image in zip(table["file"], images, strict=True)
+    ]
+    with StoreWriter(path, size, {"size": size, "pixel_rule": PIXEL_RULE}, "noise") as writer:
+        writer.append(entries, images)
+        writer.finish(table, [], {})
+    return path

@@ -1,0 +1,455 @@
+"""The trainer: what a run leaves behind, that it learns, and that it can be stopped anywhere and goes on exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import make_store
+
+from cxrfast.checkpoint import LATEST, PREVIOUS, load_checkpoint
+from cxrfast.cli.train import main
+from cxrfast.devices import bf16_gain
+from cxrfast.errors import InputError
+from cxrfast.nih import CLASSES
+from cxrfast.train import BEST, LAST, Diverged, TrainConfig, Trainer, read_metrics, seconds_of, train
+
+EPOCHS, BATCH, STEPS = 2, 16, 6  # STEPS: of one epoch, over the 85 training films of the store below
+QUICK = {"epochs": EPOCHS, "batch_size": BATCH, "head": "gap"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """100 films of 16 pixels; some labels, ages, sexes and views unknown."""
+    return make_store(tmp_path_factory.mktemp("train") / "store", count=100, unknown=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(store, run, **options) -> TrainConfig:
+    return TrainConfig(store.path, run, **{**QUICK, **options})
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
+    """A run that nothing happened to."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(config(store, run), quiet)
+    return run
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Weights bit for bit, and everything in metrics.jsonl but the speeds."""
+    for name in (BEST, LAST):
+        found, wanted = load_file(run / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    speeds = ("images_per_second", "input_share", "flops_share")
+    strip = lambda lines: [{k: v for k, v in line.items() if k not in speeds} for line in lines]  # noqa: E731
+    assert strip(read_metrics(run)) == strip(read_metrics(expected))
+
+
+def assert_states_equal(run: Path, expected: Path) -> None:
+    found, wanted = load_checkpoint(run / "checkpoint"), load_checkpoint(expected / "checkpoint")
+    assert found.state == wanted.state
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
+
+
+class TestRun:
+    def test_folder(self, undisturbed, store):
+        assert sorted(os.listdir(undisturbed)) == [
+            "checkpoint", "config.json", LAST, "metrics.jsonl", BEST,
+        ]  # fmt: skip
+        assert sorted(os.listdir(undisturbed / "checkpoint")) == [LATEST, PREVIOUS]
+        content = json.loads((undisturbed / "config.json").read_text())
+        assert content["options"]["head"] == "gap"
+        assert content["store"] == {"digest": store.digest, "pixel_rule": store.pixel_rule, "size": 16}
+        assert content["classes"] == list(CLASSES)
+        assert content["split"]["train"] + content["split"]["test"] == len(store)
+        assert content["precision"] == "fp32"
+        train_pixels = store.images[np.flatnonzero(~np.isin(np.arange(100), rows_of_the_test_split(store)))]
+        assert content["normalisation"]["mean"] == pytest.approx(train_pixels.mean(), rel=1e-12)
+
+    def test_metrics(self, undisturbed):
+        lines = read_metrics(undisturbed)
+        assert [line["epoch"] for line in lines] == [1, 2]
+        for line in lines:
+            assert set(line["test_auc"]) == set(CLASSES)
+            known = [value for value in line["test_auc"].values() if value is not None]
+            assert line["test_macro_auc"] == pytest.approx(np.mean(known))
+            assert line["test_classes"] == len(known)
+            assert all(
+                line["test_auc_low"][name] <= line["test_auc"][name] <= line["test_auc_high"][name]
+                for name in CLASSES
+                if line["test_auc"][name] is not None
+            )
+            assert line["images_per_second"] > 0 and 0 < line["input_share"] < 1 and line["flops_share"] > 0
+        assert sum(line["best"] for line in lines) >= 1
+
+    def test_scores_are_those_of_the_saved_weights(self, undisturbed, store):
+        """The epoch's test AUC is recomputed from last.safetensors, with scikit-learn."""
+        from sklearn.metrics import roc_auc_score
+
+        from cxrfast.data import normalise, pixel_statistics
+        from cxrfast.models import ChestNet, load_weights
+
+        test = rows_of_the_test_split(store)
+        net = ChestNet(16, head="gap").eval()
+        load_weights(net, load_file(undisturbed / LAST), LAST)
+        statistics = pixel_statistics(store, np.setdiff1d(np.arange(100), test))
+        with torch.no_grad():
+            scores = net(normalise(torch.from_numpy(store.images[test]), statistics)).numpy()
+        for c, name in enumerate(CLASSES):
+            known = np.isfinite(store.targets[test, c])
+            found = read_metrics(undisturbed)[-1]["test_auc"][name]
+            if len(np.unique(store.targets[test, c][known])) < 2:
+                assert found is None
+            else:
+                assert found == pytest.approx(roc_auc_score(store.targets[test, c][known], scores[known, c]), abs=0.02)
+
+    def test_learns(self, store, tmp_path):
+        train(config(store, tmp_path / "run", epochs=12, model="multimodal", lr=0.003), quiet)
+        first, *_, last = read_metrics(tmp_path / "run")
+        assert last["train_macro_auc"] > first["train_macro_auc"] + 0.15
+        assert last["train_loss"] < 0.8 * first["train_loss"]
+
+    def test_same_seed_same_run_other_seed_other_run(self, store, undisturbed, tmp_path):
+        train(config(store, tmp_path / "same"), quiet)
+        assert_same_end(tmp_path / "same", undisturbed)
+        train(config(store, tmp_path / "other", seed=1, epochs=1), quiet)
+        assert read_metrics(tmp_path / "other")[0]["train_loss"] != read_metrics(undisturbed)[0]["train_loss"]
+
+    @pytest.mark.parametrize("options", [{"data": "device"}, {"prefetch": 0}, {"deterministic": True}])
+    def test_options_that_change_no_bit(self, store, undisturbed, tmp_path, options):
+        train(config(store, tmp_path / "run", **options), quiet)
+        assert_same_end(tmp_path / "run", undisturbed)
+
+    def test_amp_on_any_cpu(self, store, tmp_path):
+        said: list[str] = []
+        train(config(store, tmp_path / "run", amp=True, epochs=1), said.append)
+        line = next(line for line in said if line.startswith("arithmetic"))
+        precision = json.loads((tmp_path / "run" / "config.json").read_text())["precision"]
+        assert precision in line and " x the speed of fp32" in line
+
+    def test_bf16_is_trained_where_the_cpu_has_it(self, store, tmp_path, undisturbed):
+        if bf16_gain() < 1:
+            pytest.skip("this CPU emulates bf16, far too slowly to train with")
+        train(config(store, tmp_path / "run", amp=True, amp_dtype="bf16", epochs=1), quiet)
+        found, wanted = read_metrics(tmp_path / "run")[0], read_metrics(undisturbed)[0]
+        assert found["train_loss"] != wanted["train_loss"]
+        assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=0.05)
+
+
+def rows_of_the_test_split(store) -> np.ndarray:
+    from cxrfast.splits import make_split
+
+    return make_split("paper", store.index).test
+
+
+def stop_after(monkeypatch, steps: int, number: signal.Signals) -> None:
+    """Send this process a signal after so many training steps."""
+    original, done = Trainer.train_step, [0]
+
+    def step(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        done[0] += 1
+        if done[0] == steps:
+            os.kill(os.getpid(), number)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+class TestStopping:
+    @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS])
+    def test_sigterm_saves_and_the_run_goes_on_exactly(self, store, undisturbed, tmp_path, monkeypatch, steps):
+        run = tmp_path / "run"
+        stop_after(monkeypatch, steps, signal.SIGTERM)
+        said: list[str] = []
+        result = train(config(store, run), said.append)
+        assert result["state"] == "stopped"
+        assert f"{run} --resume" in said[-1]
+        assert len(read_metrics(run)) == (steps - 1) // STEPS
+        monkeypatch.undo()
+        assert train(config(store, run, resume=True), quiet)["state"] == "complete"
+        assert_same_end(run, undisturbed)
+        assert_states_equal(run, undisturbed)
+
+    def test_handlers_are_put_back(self, undisturbed):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_ctrl_c_saves_and_says_so(self, store, undisturbed, tmp_path, monkeypatch, capsys):
+        run = tmp_path / "run"
+        stop_after(monkeypatch, 3, signal.SIGINT)
+        arguments = [str(store.path), str(run), "--epochs", "2", "--batch-size", "16", "--head", "gap"]
+        assert main(arguments) == 130
+        monkeypatch.undo()
+        assert main([str(store.path), str(run), "--resume"]) == 0  # the other options are the run's own
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["state"] == "complete"
+        assert_same_end(run, undisturbed)
+
+    def test_max_time(self, store, undisturbed, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        original = Trainer.train_step
+
+        def slow(self, *args, **kwargs):
+            time.sleep(0.5)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "train_step", slow)
+        begin = time.monotonic()
+        result = train(config(store, run, max_time="3s"), quiet)  # 12 steps take more than 6
+        assert result["state"] == "stopped" and time.monotonic() - begin < 5
+        monkeypatch.undo()
+        train(config(store, run, resume=True), quiet)
+        assert_same_end(run, undisturbed)
+
+    def test_complete_and_then_more_epochs(self, store, tmp_path, undisturbed):
+        run = tmp_path / "run"
+        train(config(store, run, epochs=1), quiet)
+        said: list[str] = []
+        assert train(config(store, run, epochs=1, resume=True), said.append)["state"] == "complete"
+        assert "is complete" in said[-1] and len(read_metrics(run)) == 1
+        train(config(store, run, resume=True), quiet)
+        assert_same_end(run, undisturbed)
+
+    def test_damaged_state_falls_back_to_the_previous(self, store, tmp_path, undisturbed):
+        run = tmp_path / "run"
+        shutil.copytree(undisturbed, run)
+        latest = run / "checkpoint" / LATEST
+        latest.write_bytes(latest.read_bytes()[:-100])
+        said: list[str] = []
+        train(config(store, run, resume=True), said.append)
+        assert any("warning" in line and LATEST in line for line in said)
+        assert_same_end(run, undisturbed)
+
+    def test_resume_of_nothing_begins(self, store, tmp_path, undisturbed):
+        train(config(store, tmp_path / "run", resume=True), quiet)
+        assert_same_end(tmp_path / "run", undisturbed)
+
+
+def _train_in_child(options: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        train(options, quiet)
+
+
+@pytest.fixture(scope="module")
+def children():
+    """Starts a training process in milliseconds: a server has imported everything and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cxrfast.train", "test_train"])
+    return context
+
+
+def killed_again_and_again(store, run: Path, children, kills: int, seed: int) -> None:
+    """Train, and SIGKILL the process at a random moment so many times; then let it end."""
+    rng = random.Random(seed)
+    options = config(store, run, checkpoint_steps=1, resume=True)
+    alone = 2.0
+    for kill in range(kills + 1):
+        begin = time.monotonic()
+        child = children.Process(target=_train_in_child, args=(options,))
+        child.start()
+        child.join(rng.uniform(0, alone) if kill < kills else 120)
+        if child.exitcode is None and kill < kills:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        elif kill < kills:  # it was done before we struck: keep the moments inside its life, and start over
+            assert child.exitcode == 0
+            alone = time.monotonic() - begin
+            if kill < kills - 1:
+                shutil.rmtree(run)
+    assert child.exitcode == 0
+
+
+class TestKilled:
+    def test_sigkill_five_times(self, store, undisturbed, tmp_path, children):
+        killed_again_and_again(store, tmp_path / "run", children, kills=5, seed=0)
+        assert_same_end(tmp_path / "run", undisturbed)
+
+    @pytest.mark.slow
+    def test_sigkill_fifty_times(self, store, undisturbed, tmp_path, children):
+        for seed in range(5):
+            killed_again_and_again(store, tmp_path / f"run{seed}", children, kills=10, seed=seed + 1)
+            assert_same_end(tmp_path / f"run{seed}", undisturbed)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"epochs": 0}, "--epochs"),
+            ({"batch_size": 0}, "--batch-size"),
+            ({"lr": math.nan}, "--lr"),
+            ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes"),
+            ({"max_time": "8 hours"}, "--max-time"),
+            ({"split": "mine"}, "no split is called"),
+            ({"device": "tpu"}, "no device"),
+            ({"amp_dtype": "bf16"}, "needs --amp"),
+            ({"amp": True, "amp_dtype": "fp16"}, "for GPUs"),
+            ({"data": "pinned"}, "for GPUs"),
+        ],
+    )
+    def test_wrong_options_leave_nothing(self, store, tmp_path, options, words):
+        with pytest.raises(InputError, match=words):
+            train(config(store, tmp_path / "run", device=options.pop("device", "cpu"), **options), quiet)
+        assert not (tmp_path / "run").exists()
+
+    def test_wrong_folders(self, store, tmp_path, undisturbed):
+        with pytest.raises(InputError, match="not a store"):
+            train(replace(config(store, tmp_path / "run"), store=tmp_path), quiet)
+        with pytest.raises(InputError, match="holds a run already"):
+            train(config(store, undisturbed), quiet)
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "thesis.tex").write_text("")
+        with pytest.raises(InputError, match="holds other files"):
+            train(config(store, tmp_path / "other", resume=True), quiet)
+        with pytest.raises(InputError, match="is a file"):
+            train(config(store, tmp_path / "other" / "thesis.tex"), quiet)
+
+    @pytest.mark.parametrize("option", [{"model": "multimodal"}, {"lr": 0.1}, {"seed": 3}, {"batch_size": 8}])
+    def test_resume_with_other_options(self, store, undisturbed, option):
+        with pytest.raises(InputError, match=f"begun with --{next(iter(option)).replace('_', '-')}"):
+            train(config(store, undisturbed, resume=True, **option), quiet)
+
+    def test_resume_with_another_store(self, undisturbed, tmp_path):
+        other = make_store(tmp_path / "store", count=100, seed=1)
+        with pytest.raises(InputError, match="another store"):
+            train(config(other, undisturbed, resume=True), quiet)
+
+    def test_state_of_another_run(self, store, undisturbed, tmp_path):
+        run = tmp_path / "run"
+        train(config(store, run, epochs=1, seed=9), quiet)
+        shutil.copy(undisturbed / "checkpoint" / LATEST, run / "checkpoint" / LATEST)
+        with pytest.raises(InputError, match="another seed"):
+            train(config(store, run, seed=9, resume=True), quiet)
+
+    def test_exit_codes(self, store, tmp_path, capsys):
+        assert main([str(tmp_path), str(tmp_path / "run")]) == 2
+        assert "not a store" in capsys.readouterr().err
+        assert main([str(store.path), str(tmp_path / "run"), "--model", "vit"]) == 2
+
+    def test_diverging_stops_and_keeps_the_state_before(self, store, tmp_path):
+        run = tmp_path / "run"
+        with pytest.raises(Diverged, match=r"epoch 1, step [2-6]; the state before it is in"):
+            train(config(store, run, lr=1e30), quiet)
+        state = load_checkpoint(run / "checkpoint")
+        assert state.state["position"]["epoch"] == 1 and 1 <= state.state["position"]["step"] <= 5
+        assert all(t.isfinite().all() for name, t in state.tensors.items() if name.startswith("model."))
+        steps = state.state["position"]["step"]
+        assert int(state.tensors["train.counts"][1].sum()) == steps * BATCH  # class 1 is known everywhere
+
+
+def test_seconds():
+    assert [seconds_of(text) for text in ("", "8h30m", "45m", "90s", "1h1s")] == [math.inf, 30600, 2700, 90, 3601]
+
+
+def run_command(store, run: Path, *options: str, **popen) -> subprocess.Popen:
+    arguments = [str(store.path), str(run), "--batch-size", str(BATCH), "--head", "gap", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cxrfast.cli.train", *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    @pytest.fixture(scope="class")
+    def pair(self, store, tmp_path_factory):
+        run = tmp_path_factory.mktemp("pair") / "run"
+        process = run_command(store, run, "--epochs", "2", "--devices", "2")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["state"] == "complete"
+        return run
+
+    def test_same_curve_as_one_process(self, pair, undisturbed):
+        """Same order, same dropout, statistics of the global batch: only the order of sums differs."""
+        for found, expected in zip(read_metrics(pair), read_metrics(undisturbed), strict=True):
+            assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+            assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=5e-3)
+            assert found["train_macro_auc"] == pytest.approx(expected["train_macro_auc"], abs=5e-3)
+        assert json.loads((pair / "config.json").read_text())["processes"] == 2
+
+    def test_every_film_is_counted_once(self, pair, store):
+        """85 of the 100 films train: the last batch is uneven, and nothing is padded."""
+        config = json.loads((pair / "config.json").read_text())
+        state = load_checkpoint(pair / "checkpoint")
+        assert int(state.tensors["train.counts"][1].sum()) == config["split"]["train"]
+        assert config["split"]["train"] % BATCH % 2 == 1
+
+    def test_one_process_goes_on_where_two_stopped_and_back(self, store, undisturbed, tmp_path):
+        run = tmp_path / "run"
+        process = run_command(store, run, "--epochs", "1", "--devices", "2")
+        assert process.wait(300) == 0
+        train(config(store, run, resume=True), quiet)
+        for found, expected in zip(read_metrics(run), read_metrics(undisturbed), strict=True):
+            assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+
+    def test_a_process_that_dies_ends_the_job_and_resume_goes_on(self, store, pair, tmp_path):
+        run = tmp_path / "run"
+        process = run_command(store, run, "--epochs", "2", "--devices", "2", "--checkpoint-steps", "1")
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoint" / LATEST).is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 3
+        assert "process 1 of 2 was killed by SIGKILL; go on with --resume" in err
+        process = run_command(store, run, "--epochs", "2", "--devices", "2", "--resume")
+        assert process.wait(300) == 0
+        assert_same_end(run, pair)
+
+    def test_sigterm_stops_both(self, store, pair, tmp_path):
+        run = tmp_path / "run"
+        process = run_command(store, run, "--epochs", "2", "--devices", "2", "--checkpoint-steps", "1")
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoint" / LATEST).is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["state"] == "stopped"
+        process = run_command(store, run, "--devices", "2", "--resume")
+        assert process.wait(300) == 0
+        assert_same_end(run, pair)
+
+    def test_wrong_input_is_said_once(self, store, tmp_path):
+        process = run_command(store, tmp_path / "run", "--devices", "2", "--split", "mine")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert err.count("no split is called") == 1
