@@ -276,6 +276,16 @@ def test_finished_set_is_left_alone(small: Path, capsys: pytest.CaptureFixture[s
     assert {path: path.stat().st_mtime_ns for path in (small / "images").iterdir()} == before
 
 
+def test_unfinished_set_of_another_version_is_not_mixed(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    out.mkdir()
+    record = json.loads((small / "phantoms.json").read_text()) | {"cxrfast": "other"}
+    (out / "phantoms.json").write_text(json.dumps(record))
+    assert main([str(out), *SMALL]) == 2
+    (out / "Data_Entry_2017_v2020.csv").write_bytes((small / "Data_Entry_2017_v2020.csv").read_bytes())
+    assert main([str(out), *SMALL, "--workers", "1"]) == 0  # finished once: it is only completed
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

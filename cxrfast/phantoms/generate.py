@@ -12,13 +12,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import cxrfast
-from cxrfast.errors import InputError
+from cxrfast.errors import InputError, ResourceError
 from cxrfast.files import write_atomic, write_json
 from cxrfast.nih import CLASSES, TEST_LIST, TRAIN_LIST
 from cxrfast.phantoms import png
@@ -45,6 +46,7 @@ def generate(out: Path, images: int, seed: int, size: int = 1024, workers: int |
         counts for the command's last line: films, patients, how many were there already, bytes.
     Raises:
         InputError: an option out of range, or a folder that holds something else.
+        ResourceError: a worker process was killed; the same call goes on.
     """
     _check(images, seed, size, workers)
     _claim(out, {"images": images, "seed": seed, "size": size, "cxrfast": cxrfast.__version__})
@@ -99,6 +101,8 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
             found = json.loads(record_path.read_text())
         except ValueError:
             found = None
+        if (out / CSV_NAME).is_file() and isinstance(found, dict):
+            found = {**found, "cxrfast": record["cxrfast"]}  # finished: whichever version drew it, it stays as it is
         if found != record:
             raise InputError(
                 f"{out} holds another set of phantoms ({found}, asked for {record}); choose another folder"
@@ -135,5 +139,9 @@ def _each(jobs: list[Job], workers: int) -> Iterator[None]:
     pool = ProcessPoolExecutor(workers, context, initializer=start_worker)
     try:
         yield from pool.map(write_film, jobs, chunksize=4)
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a process that draws was killed (memory?); repeat the command to go on, with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
