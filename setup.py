@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pybind11
@@ -24,8 +29,8 @@ if os.environ.get("CXRFAST_WERROR") == "1":
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: major, minor in the first two bytes
 
-# Plain shared libraries, loaded by torch and not by Python: no Python version in their names.
-PLAIN = {"_loss": "_loss.so", "_loss_cuda": "_loss_cuda.so"}
+# Plain shared libraries, loaded by torch or DALI and not by Python: no Python version in their names.
+PLAIN = {"_loss": "_loss.so", "_loss_cuda": "_loss_cuda.so", "_dali_operator": "_dali_operator.so"}
 
 
 class OptionalBuild(build_ext):
@@ -35,13 +40,32 @@ class OptionalBuild(build_ext):
         *package, name = fullname.split(".")
         return os.path.join(*package, PLAIN[name]) if name in PLAIN else super().get_ext_filename(fullname)
 
+    def run(self) -> None:
+        super().run()
+        # what cxrfast-doctor says of the operator, and the DALI that it fits
+        folder = Path("cxrfast") if self.inplace else Path(self.build_lib, "cxrfast")
+        (folder / "_dali_build.json").write_text(json.dumps(dali_build))
+
     def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
+            if ext.name == "cxrfast._loss_cuda":
+                self.build_with_nvcc(ext)
+            else:
+                super().build_extension(ext)
         except Exception as error:
             if os.environ.get("CXRFAST_REQUIRE_BUILD") == "1":
                 raise
+            if ext.name == "cxrfast._dali_operator":
+                dali_build["reason"] = str(error)
             print(f"warning: {ext.name} was not built ({error}); its fallback will be used", file=sys.stderr)
+
+    def build_with_nvcc(self, ext: Extension) -> None:
+        """One nvcc command from sources to shared library; setuptools has no notion of CUDA."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-l{library}" for library in ext.libraries]
+        folders = [f"-L{folder}" for folder in ext.library_dirs]
+        self.spawn(["nvcc", "-shared", *ext.extra_compile_args, *ext.sources, "-o", str(target), *folders, *libraries])
 
 
 def png_extension() -> Extension:
@@ -68,7 +92,7 @@ def loss_extension() -> Extension | None:
     On torch's stable ABI: the library knows neither Python's version nor torch's (>= 2.10). So that every CPU and CUDA
     give the same bits, multiplications and additions are not fused (-ffp-contract=off).
     """
-    torch = torch_folder()
+    torch = folder_of("torch")
     if torch is None:
         print("warning: no torch where the package is built; the plain torch loss will be used", file=sys.stderr)
         return None
@@ -86,13 +110,104 @@ def loss_extension() -> Extension | None:
     )
 
 
-def torch_folder() -> Path | None:
-    """Where torch is installed, found without importing it."""
-    spec = importlib.util.find_spec("torch")
+def loss_cuda_extension() -> Extension | None:
+    """cxrfast/_loss_cuda.so: the same on CUDA. None without nvcc, or without a torch for nvcc's own CUDA."""
+    torch, nvcc = folder_of("torch"), shutil.which("nvcc")
+    if torch is None or nvcc is None or not (torch / "lib" / "libtorch_cuda.so").exists():
+        return None
+    reported = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    ours = re.search(r"release (\d+)", reported)
+    theirs = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    if ours is None or theirs is None or ours[1] != theirs[1]:
+        print("warning: nvcc and torch are of different CUDA versions; the plain torch loss will be used on GPUs")
+        return None
+    return Extension(
+        "cxrfast._loss_cuda",
+        ["csrc/loss/bce_auc_cuda.cu"],
+        depends=sorted([*glob.glob("csrc/loss/*.h"), *glob.glob("csrc/loss/*.cuh")]),
+        extra_compile_args=[
+            *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
+            *("-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+            # from the T4 on; later cards compile the last one's PTX when it is first used
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (75, 80, 90)),
+            "-gencode=arch=compute_90,code=compute_90",
+        ],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "torch_cuda"],
+    )
+
+
+def dali_operator() -> Extension | None:
+    """cxrfast/_dali_operator.so: the decoder as DALI operators, csrc/dali with a csrc/png of its own.
+
+    None where DALI or the CUDA headers are absent; the reason is noted for cxrfast-doctor.
+    """
+    dali, cuda = folder_of("nvidia.dali"), cuda_headers()
+    if dali is None or cuda is None:
+        dali_build["reason"] = (
+            "NVIDIA DALI was not there when cxrfast was built"
+            if dali is None
+            else "no CUDA headers: neither a toolkit nor the packages " + ", ".join(CUDA_HEADER_PACKAGES)
+        )
+        if os.environ.get("CXRFAST_REQUIRE_BUILD") == "1":
+            raise SystemExit(f"the DALI operator cannot be built: {dali_build['reason']}")
+        return None
+    dali_build["dali"] = dali_version()
+    headers = [flag for folder in (dali / "include", *cuda) for flag in ("-isystem", str(folder))]
+    return Extension(
+        "cxrfast._dali_operator",
+        sorted({*glob.glob("csrc/png/*.cpp"), *glob.glob("csrc/dali/*.cpp")} - {"csrc/png/bind.cpp"}),
+        include_dirs=["csrc"],
+        depends=sorted(glob.glob("csrc/png/*.h")),
+        language="c++",
+        extra_compile_args=[
+            *(*headers, "-std=c++20", "-O3", "-fvisibility=hidden", "-pthread", *WARNINGS),
+            "-Wno-free-nonheap-object",  # a false alarm inside DALI's headers, raised where they are inlined
+        ],
+        extra_link_args=["-pthread"],
+        library_dirs=[str(dali)],
+        libraries=["dali"],
+    )
+
+
+CUDA_HEADER_PACKAGES = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-cccl-cu12")
+
+
+def cuda_headers() -> list[Path] | None:
+    """The folders of the CUDA headers: the toolkit's, or those of the three packages."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for toolkit in toolkits:
+        if toolkit and Path(toolkit, "include", "cuda_runtime_api.h").is_file():
+            return [Path(toolkit, "include")]
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec is not None else ():
+        folders = [Path(root, name, "include") for name in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")]
+        if all(folder.is_dir() for folder in folders):
+            return folders
+    return None
+
+
+def folder_of(package: str) -> Path | None:
+    """Where a package is installed, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # its parent is not there
+        return None
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-extensions = [png_extension(), loss_extension()]
+def dali_version() -> str:
+    """The installed DALI's version, under whichever CUDA's name it was published."""
+    for cuda in ("130", "120", "110"):
+        try:
+            return version(f"nvidia-dali-cuda{cuda}")
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+dali_build = {"dali": "", "reason": ""}
+extensions = [png_extension(), loss_extension(), loss_cuda_extension(), dali_operator()]
 setup(
     ext_modules=[extension for extension in extensions if extension is not None],
     cmdclass={"build_ext": OptionalBuild},

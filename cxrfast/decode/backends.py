@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -73,8 +72,7 @@ def dali_version() -> str:
 
 def operator_path() -> Path:
     """Where the compiled DALI operators are, when they are."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
-    return Path(__file__).parents[1] / f"_dali_operator{suffix}"
+    return Path(__file__).parents[1] / "_dali_operator.so"
 
 
 def available_cores() -> int:
