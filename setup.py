@@ -119,7 +119,10 @@ def loss_cuda_extension() -> Extension | None:
     ours = re.search(r"release (\d+)", reported)
     theirs = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
     if ours is None or theirs is None or ours[1] != theirs[1]:
-        print("warning: nvcc and torch are of different CUDA versions; the plain torch loss will be used on GPUs")
+        print(
+            "warning: nvcc and torch are of different CUDA versions; the plain torch loss will be used on GPUs",
+            file=sys.stderr,
+        )
         return None
     return Extension(
         "cxrfast._loss_cuda",
