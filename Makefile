@@ -30,8 +30,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	touch $@
 
 # CI refuses what an installation puts up with: a part that does not compile, or compiles with a warning.
+# DALI first, with CUDA's headers: its operator is compiled against it.
 $(VENV)/installed-test: $(VENV)/installed
 	tools/system_packages.sh
+	$(PIP) nvidia-dali-cuda120 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-cccl-cu12
 	CXRFAST_REQUIRE_BUILD=1 CXRFAST_WERROR=1 $(PIP) --no-build-isolation --editable '.[test,lint,dali]'
 	touch $@
 
@@ -50,4 +52,4 @@ bench: install-test
 	$(BIN)/python -m pytest --benchmark-only benchmarks
 
 clean:
-	rm -rf build $(DEMO) cxrfast/*.so
+	rm -rf build $(DEMO) cxrfast/*.so cxrfast/_dali_build.json
