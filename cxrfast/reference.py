@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -52,3 +54,42 @@ class PaperNet(nn.Module):
                 # What batch norm has seen so far was shifted by the bias.
                 shifted = getattr(ours, f"norm{k}").running_mean - getattr(ours, f"conv{k}").bias.detach()
                 getattr(theirs, f"norm{k}").running_mean.copy_(shifted)
+
+
+# ---- the loss and the AUC ----
+
+
+def weighted_bce_ref(
+    logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None, class_weight: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Loss and gradient by its formula in float64, entry by entry: the truth for cxrfast.loss.
+
+    Returns:
+        (loss, float64 (N, C) gradient of it). Targets other than 1 and 0 are unknown.
+    """
+    grad = torch.zeros(logits.shape, dtype=torch.float64)
+    total, known = 0.0, 0
+    for n in range(logits.shape[0]):
+        for c in range(logits.shape[1]):
+            x, y = float(logits[n, c]), float(targets[n, c])
+            if y not in (0.0, 1.0):
+                continue
+            weight = 1.0 if class_weight is None else float(class_weight[c])
+            if y == 1.0 and pos_weight is not None:
+                weight *= float(pos_weight[c])
+            a = -x if y == 1.0 else x  # the loss is softplus(a), its slope sigmoid(a)
+            decay = math.exp(-abs(a))
+            total += weight * (max(a, 0.0) + math.log1p(decay))
+            slope = weight * (decay if a < 0 else 1.0) / (1.0 + decay)
+            grad[n, c] = -slope if y == 1.0 else slope
+            known += 1
+    return total / max(known, 1), grad / max(known, 1)
+
+
+def auc_ref(scores: Tensor, targets: Tensor) -> float:
+    """AUC of one class by comparing every positive with every negative; NaN with one label only."""
+    positives, negatives = (scores[targets == label].double() for label in (1, 0))
+    if not len(positives) or not len(negatives):
+        return math.nan
+    won = (positives[:, None] > negatives[None]).double() + (positives[:, None] == negatives[None]).double() / 2
+    return float(won.mean())
