@@ -11,7 +11,7 @@ namespace cxrfast::png {
 
 // Note [the window]
 // Un-filtered rows go to a window of group_rows rows, not back in place: lane k of the wavefront is row k, delay(k)
-// columns behind lane 0, so 16 steps of it are 16 columns of each row, but for row k those that begin at -delay(k).
+// columns behind lane 0, so 64 steps of it are 64 columns of each row, but for row k those that begin at -delay(k).
 // Stored whole, they reach up to kWindowLead columns before the row and kWindowTail behind it. Row strides hold that
 // much more, and neither part is ever read as a pixel.
 constexpr size_t kMaxGroupRows = 128;
@@ -20,11 +20,11 @@ static_assert(kMaxDelay <= 255);
 constexpr size_t kTransposeColumns = 16;
 constexpr size_t kBlockColumns = 64;
 constexpr size_t kWindowLead = (kMaxDelay + 63) / 64 * 64;
-constexpr size_t kWindowTail = kMaxDelay + kTransposeColumns;
+constexpr size_t kWindowTail = kMaxDelay + kBlockColumns;
 
 // The same for `above`: a step reads the vector of at most 64 bytes that ends with the next pixel above row 0.
 constexpr size_t kAboveLead = 64;
-constexpr size_t kAboveTail = kMaxDelay + kTransposeColumns + 1;
+constexpr size_t kAboveTail = kMaxDelay + kBlockColumns + 1;
 
 // Bytes that resample_lines may read behind the last pixel of a line: it takes 16 columns at a time.
 constexpr size_t kLineTail = kTransposeColumns;
@@ -51,7 +51,7 @@ struct PixelKernels {
   size_t lines_at_once;  // of resample_lines
 
   // Un-filters `count` rows (1 .. group_rows) of 1 + width bytes into the window. All filter bytes are at most 4.
-  // rows: the first row's filter byte; kTransposeColumns bytes behind the last row are readable.
+  // rows: the first row's filter byte; kBlockColumns bytes behind the last row are readable.
   // above: the row above, complemented, with kAboveLead readable bytes before it and kAboveTail behind it.
   // window: column 0 of row 0, see Note [the window].
   void (*unfilter_rows)(const uint8_t* rows, size_t count, size_t width, const uint8_t* above, uint8_t* window,

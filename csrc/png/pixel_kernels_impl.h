@@ -80,12 +80,12 @@ struct Wavefront {
   // The neighbour nearest to a + b - c. With low <= high the values of a and b: if c - low >= 2 (high - c), the sum
   // lies at or below low; if high - c >= 2 (c - low), at or above high; else c is nearest. Subtraction that stops at 0
   // makes that right outside [low, high] too, and equal distances fall as the specification has them (tested over all
-  // 2^24 triples).
-  static inline __attribute__((always_inline)) U8 paeth(U8 a, U8 b, U8 c) {
+  // 2^24 triples). Where a, b and c are all zero, the result is `mean` instead.
+  static inline __attribute__((always_inline)) U8 predict(U8 a, U8 b, U8 c, U8 mean) {
     const U8 low = V::min(a, b), high = V::max(a, b);
     const U8 below = V::subtract_to_zero(c, low), over = V::subtract_to_zero(high, c);
     const U8 high_or_c = V::where_not_less(over, V::add_to_255(below, below), high, c);
-    return V::where_not_less(below, V::add_to_255(over, over), low, high_or_c);
+    return V::where_not_less(below, V::add_to_255(over, over), V::both(low, mean), high_or_c);
   }
 
   static void unfilter_rows(const uint8_t* rows, size_t count, size_t width, const uint8_t* above, uint8_t* window,
@@ -109,17 +109,18 @@ struct Wavefront {
 
     const size_t steps = width + delay(count - 1);
     for (size_t step = 0; step < steps; step += kBlock) {
-      const size_t block_steps = std::min(kBlock, (steps - step + kPart - 1) / kPart * kPart);
-      for (size_t i = 0; i < kRows; ++i) __builtin_prefetch(rows + kRows * row_nbytes + step * kRows + i * kBlock);
+      const size_t block_steps = std::min(kBlock, (steps - step + kBytes - 1) / kBytes * kBytes);
+      for (size_t i = 0; i < kRows; ++i)
+        __builtin_prefetch(rows + kRows * row_nbytes + step * kRows + i * kBlock, 0, 2);
 
-      for (size_t v = 0; v < kVectors; ++v) {
-        for (size_t t = 0; t < block_steps; t += kPart) {
+      for (size_t part = 0; part < kRows; part += kPart) {
+        for (size_t t = 0; t < block_steps; t += kBytes) {
           U8 x[kPart];
 #pragma GCC unroll 16
-          for (size_t k = 0; k < kPart; ++k) x[k] = V::gather_parts(source + v * kBytes + k, step + t);
+          for (size_t k = 0; k < kPart; ++k) x[k] = V::load_unaligned(source[part + k] + step + t);
           transpose<V>(x);
 #pragma GCC unroll 16
-          for (size_t k = 0; k < kPart; ++k) V::store(block[t + k] + v * kBytes, x[k]);
+          for (size_t k = 0; k < kPart; ++k) V::store_parts(block[t + k] + part, kPart * kRows, x[k]);
         }
       }
       for (size_t t = 0; t < block_steps && step + t < delay(kRows - 1); ++t) {
@@ -142,23 +143,20 @@ struct Wavefront {
           const U8 a = V::either(left[v], V::load(masks.a + at));
           const U8 b = V::either(up[v], V::load(masks.b + at));
           const U8 mean = V::either(V::mean(left[v], up[v]), V::load(masks.mean + at));
-          const U8 predictor = V::both(paeth(a, b, above_left[v]), mean);
-          left[v] = V::subtract(predictor, V::load(block[t] + at));
+          left[v] = V::subtract(predict(a, b, above_left[v], mean), V::load(block[t] + at));
           above_left[v] = V::either(b, V::load(masks.c + at));
           V::store(block[t] + at, left[v]);
         }
       }
-      for (size_t v = 0; v < kVectors; ++v) {
-        for (size_t t = 0; t < block_steps; t += kPart) {
+      for (size_t part = 0; part < kRows; part += kPart) {
+        for (size_t t = 0; t < block_steps; t += kBytes) {
           U8 x[kPart];
 #pragma GCC unroll 16
-          for (size_t k = 0; k < kPart; ++k) x[k] = V::load(block[t + k] + v * kBytes);
+          for (size_t k = 0; k < kPart; ++k) x[k] = V::load_parts(block[t + k] + part, kPart * kRows);
           transpose<V>(x);
-          uint8_t* row = window + v * kBytes * window_stride + step + t - delay(v * kBytes);
+          uint8_t* row = window + part * window_stride + step + t - delay(part);
 #pragma GCC unroll 16
-          for (size_t k = 0; k < kPart; ++k) {
-            V::scatter_parts(V::complement(x[k]), row + k * (window_stride - 1), kPart * window_stride - delay(kPart));
-          }
+          for (size_t k = 0; k < kPart; ++k) V::store_unaligned(row + k * (window_stride - 1), V::complement(x[k]));
         }
       }
     }
@@ -186,30 +184,45 @@ struct Lines {
     }
   }
 
-  static inline __attribute__((always_inline)) U8 weigh(const OutputSpan& span, const WeightPair* weights,
-                                                        const uint8_t* tile) {
-    I32 high[4], low[4];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < 4; ++v) {
-      high[v] = V::fill32(0);
-      low[v] = V::fill32(1 << (kWeightBits - 1));
-    }
-    const WeightPair* weight = weights + span.weights_at;
-    for (uint32_t i = 0; i < span.pairs; ++i, ++weight, tile += kPairNbytes) {
-      int32_t high_pair, low_pair;
-      std::memcpy(&high_pair, weight->high, 4);
-      std::memcpy(&low_pair, weight->low, 4);
-      const I32 high_weight = V::fill32(high_pair), low_weight = V::fill32(low_pair);
+  // Outputs first .. last - 1 of the lines in the tile, whose first pair is tile_start; the first `count` lines of each
+  // go to out. A function of its own, so that its sums keep the registers to themselves.
+  static __attribute__((noinline)) void weigh(const OutputSpan* first, const OutputSpan* last,
+                                              const WeightPair* weights, const uint8_t* tile, size_t tile_start,
+                                              uint8_t* out, size_t out_stride, size_t count) {
+    for (const OutputSpan* span = first; span != last; ++span, out += out_stride) {
+      I32 high[4], low[4];
 #pragma GCC unroll 4
       for (size_t v = 0; v < 4; ++v) {
-        const I32 pixels = V::load(tile + v * V::kBytes);
-        high[v] = V::multiply_add(high[v], pixels, high_weight);
-        low[v] = V::multiply_add(low[v], pixels, low_weight);
+        high[v] = V::fill32(0);
+        low[v] = V::fill32(1 << (kWeightBits - 1));
+      }
+      const WeightPair* weight = weights + span->weights_at;
+      const WeightPair* const end = weight + span->pairs;
+      const uint8_t* pixels_at = tile + (span->first_pair - tile_start) * kPairNbytes;
+      do {
+        int32_t high_pair, low_pair;
+        std::memcpy(&high_pair, weight->high, 4);
+        std::memcpy(&low_pair, weight->low, 4);
+        const I32 high_weight = V::fill32(high_pair), low_weight = V::fill32(low_pair);
+#pragma GCC unroll 4
+        for (size_t v = 0; v < 4; ++v) {
+          const I32 pixels = V::loaded(V::load(pixels_at + v * V::kBytes));
+          high[v] = V::loaded(V::multiply_add(high[v], pixels, high_weight));
+          low[v] = V::loaded(V::multiply_add(low[v], pixels, low_weight));
+        }
+        pixels_at += kPairNbytes;
+      } while (++weight != end);
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) low[v] = V::template combine<kWeightLowBits, kWeightBits>(high[v], low[v]);
+      const U8 result = V::pack(low[0], low[1], low[2], low[3]);
+      if (count == kLines) {
+        V::store_unaligned(out, result);
+      } else {
+        alignas(64) uint8_t some[kLines];
+        V::store(some, result);
+        std::memcpy(out, some, count);
       }
     }
-#pragma GCC unroll 4
-    for (size_t v = 0; v < 4; ++v) low[v] = V::template combine<kWeightLowBits, kWeightBits>(high[v], low[v]);
-    return V::pack(low[0], low[1], low[2], low[3]);
   }
 
   static void resample_lines(const OutputSpan* spans, size_t outputs, const WeightPair* weights, const uint8_t* lines,
@@ -234,16 +247,8 @@ struct Lines {
         for (size_t pair = tile_start; pair < tile_end; pair += kChunkPairs) {
           spread(line, 2 * pair, tile + (pair - tile_start) * kPairNbytes);
         }
-        for (; o < end; ++o) {
-          const U8 pixels = weigh(spans[o], weights, tile + (spans[o].first_pair - tile_start) * kPairNbytes);
-          if (line_count == kLines) {
-            V::store_unaligned(to + o * out_stride, pixels);
-          } else {
-            alignas(64) uint8_t some[kLines];
-            V::store(some, pixels);
-            std::memcpy(to + o * out_stride, some, line_count);
-          }
-        }
+        weigh(spans + o, spans + end, weights, tile, tile_start, to + o * out_stride, out_stride, line_count);
+        o = end;
       }
     }
   }

@@ -41,12 +41,16 @@ struct Lanes {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
                                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[16] + offset)), 1);
   }
-  // Part q to p + q * stride.
-  static void scatter_parts(U8 v, uint8_t* p, size_t stride) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + stride), _mm256_extracti128_si256(v, 1));
+  // Part q: 16 bytes at p + q * stride, aligned.
+  static U8 load_parts(const uint8_t* p, size_t stride) {
+    const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm_load_si128(reinterpret_cast<const __m128i*>(p + stride)), 1);
   }
-
+  static void store_parts(uint8_t* p, size_t stride, U8 v) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
+    _mm_store_si128(reinterpret_cast<__m128i*>(p + stride), _mm256_extracti128_si256(v, 1));
+  }
   static U8 interleave_low(U8 a, U8 b) { return _mm256_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm256_unpackhi_epi8(a, b); }
   static U8 both(U8 a, U8 b) { return _mm256_and_si256(a, b); }
@@ -67,6 +71,11 @@ struct Lanes {
   // In each part, lane i is v's lane i - 1; lane 0 is the last lane of the same part of `carried`.
   static U8 shift_in(U8 carried, U8 v) { return _mm256_alignr_epi8(v, carried, 15); }
 
+  // In a register: compilers would rather read it from memory again for each product.
+  static I32 loaded(I32 v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pixels, weights));
   }

@@ -53,7 +53,13 @@ struct Lanes {
     v = _mm512_inserti32x4(v, load_part(rows[32] + offset), 2);
     return _mm512_inserti32x4(v, load_part(rows[48] + offset), 3);
   }
-  static void scatter_parts(U8 v, uint8_t* p, size_t stride) {
+  static U8 load_parts(const uint8_t* p, size_t stride) {
+    __m512i v = _mm512_castsi128_si512(load_part(p));
+    v = _mm512_inserti32x4(v, load_part(p + stride), 1);
+    v = _mm512_inserti32x4(v, load_part(p + 2 * stride), 2);
+    return _mm512_inserti32x4(v, load_part(p + 3 * stride), 3);
+  }
+  static void store_parts(uint8_t* p, size_t stride, U8 v) {
     store_part(p, _mm512_castsi512_si128(v));
     store_part(p + stride, _mm512_extracti32x4_epi32(v, 1));
     store_part(p + 2 * stride, _mm512_extracti32x4_epi32(v, 2));
@@ -77,6 +83,11 @@ struct Lanes {
   static U8 carry(U8 before, U8 v) { return _mm512_alignr_epi64(v, before, 6); }
   static U8 shift_in(U8 carried, U8 v) { return _mm512_alignr_epi8(v, carried, 15); }
 
+  // In a register: compilers would rather read it from memory again for each product.
+  static I32 loaded(I32 v) {
+    asm("" : "+v"(v));
+    return v;
+  }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) { return _mm512_dpwssd_epi32(sum, pixels, weights); }
   template <int kHighShift, int kShift>
   static I32 combine(I32 high, I32 low) {

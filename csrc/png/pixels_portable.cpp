@@ -29,7 +29,8 @@ struct Lanes {
   static U8 fill(uint8_t value) { return _mm_set1_epi8(static_cast<char>(value)); }
   static I32 fill32(int32_t value) { return _mm_set1_epi32(value); }
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
-  static void scatter_parts(U8 v, uint8_t* p, size_t) { store_unaligned(p, v); }
+  static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
+  static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) { return _mm_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm_unpackhi_epi8(a, b); }
@@ -49,6 +50,11 @@ struct Lanes {
   static U8 carry(U8 before, U8) { return _mm_srli_si128(before, 15); }
   static U8 shift_in(U8 carried, U8 v) { return _mm_or_si128(_mm_slli_si128(v, 1), carried); }
 
+  // In a register: compilers would rather read it from memory again for each product.
+  static I32 loaded(I32 v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return _mm_add_epi32(sum, _mm_madd_epi16(pixels, weights));
   }
@@ -116,7 +122,8 @@ struct Lanes {
   static U8 fill(uint8_t value) { return U8{} + value; }
   static I32 fill32(int32_t value) { return I32{} + value; }
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
-  static void scatter_parts(U8 v, uint8_t* p, size_t) { store_unaligned(p, v); }
+  static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
+  static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) {
     return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -139,6 +146,7 @@ struct Lanes {
     return __builtin_shufflevector(carried, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
   }
 
+  static I32 loaded(U8 v) { return reinterpret_cast<I32>(v); }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return sum + (pixels & 0xffff) * (weights & 0xffff) + (pixels >> 16) * (weights >> 16);
   }

@@ -9,7 +9,7 @@
 
 namespace cxrfast::png {
 
-static_assert(kPixelPad >= kTransposeColumns);
+static_assert(kPixelPad >= kBlockColumns);
 
 namespace {
 

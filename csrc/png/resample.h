@@ -58,7 +58,7 @@ Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_b
                 Isa isa);
 
 // Bytes that must be readable behind the filtered rows of a PixelJob. Their values never matter.
-constexpr size_t kPixelPad = 16;
+constexpr size_t kPixelPad = 64;
 
 // One film of 8-bit grey rows, as inflate leaves them.
 struct PixelJob {
