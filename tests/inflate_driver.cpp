@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "png/inflate.h"
+#include "png/isa.h"
 
 using namespace cxrfast::png;
 
@@ -29,7 +30,11 @@ void put(const T* value, size_t count = 1) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  if (argc > 1) {
+    std::puts(isa_name(cpu_isa()));
+    return 0;
+  }
   for (uint8_t level; get(&level);) {
     const size_t pad = level == 255 ? 0 : kInflatePad;
     uint32_t count = 0;
