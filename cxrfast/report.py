@@ -278,8 +278,6 @@ def training_figure(epochs: Sequence[Mapping[str, Any]], name: str, split: str) 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``name.png`` and ``name.svg`` into the folder; the same figure gives the same bytes."""
     FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out now, once, instead of twice for each file
     paths = []
     # Without a salt and with a date, ids and header of an SVG would differ from run to run.
     with matplotlib.rc_context({"svg.hashsalt": "cxrfast", "svg.fonttype": "path"}):
