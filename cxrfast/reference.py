@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,3 +94,61 @@ def auc_ref(scores: Tensor, targets: Tensor) -> float:
         return math.nan
     won = (positives[:, None] > negatives[None]).double() + (positives[:, None] == negatives[None]).double() / 2
     return float(won.mean())
+
+
+# ---- PNG's rows and the resize ----
+
+
+def unfilter_ref(rows: np.ndarray, bpp: int) -> np.ndarray:
+    """The rows of a PNG image without their filters, one byte after the other.
+
+    Args:
+        rows: uint8 (H, 1 + B), each row's filter byte (0 to 4) and its B filtered bytes.
+        bpp: bytes per complete pixel, at least 1.
+    Returns:
+        uint8 (H, B).
+    Source: PNG specification, section 9.
+    """
+    height, nbytes = rows.shape[0], rows.shape[1] - 1
+    out = np.zeros((height + 1, nbytes + bpp), np.int64)  # zeros above the first row and left of the first pixel
+    for y in range(height):
+        for i in range(nbytes):
+            a, b, c = out[y + 1, i], out[y, i + bpp], out[y, i]
+            p = a + b - c
+            paeth = min((a, b, c), key=lambda value: abs(p - value))
+            predictor = (0, a, b, (a + b) // 2, paeth)[rows[y, 0]]
+            out[y + 1, i + bpp] = (rows[y, i + 1] + predictor) % 256
+    return out[1:, bpp:].astype(np.uint8)
+
+
+def resize_ref(grey: np.ndarray, size: int) -> np.ndarray:
+    """The pixel rule "pillow-bilinear": uint8 (H, W) to uint8 (size, size).
+
+    A triangle filter as wide as the scale, cut and normalised at the border, in fixed point with 22 fractional bits;
+    rounded to uint8 after each pass. The horizontal pass comes first unless the height shrinks more than twice as far
+    as the width.
+    Source: Pillow 13.0, src/libImaging/Resample.c.
+    """
+
+    def shrink_columns(image: np.ndarray) -> np.ndarray:
+        width = image.shape[1]
+        scale = width / size
+        reach = max(scale, 1.0)
+        weights = np.zeros((size, width), np.int64)
+        for o in range(size):
+            center = (o + 0.5) * scale
+            first, end = max(0, int(center - reach + 0.5)), min(width, int(center + reach + 0.5))
+            exact = [max(0.0, 1.0 - abs((x - center + 0.5) * (1.0 / reach))) for x in range(first, end)]
+            total = 0.0
+            for weight in exact:  # not sum(), which compensates its rounding from Python 3.12 on
+                total += weight
+            weights[o, first:end] = [int(0.5 + weight / total * 2**22) for weight in exact]
+        return np.clip((image @ weights.T + 2**21) >> 22, 0, 255)
+
+    image = grey.astype(np.int64)
+    height, width = image.shape
+    if height - size > max(0, 2 * (width - size)):
+        image = shrink_columns(shrink_columns(image.T).T)
+    else:
+        image = shrink_columns(shrink_columns(image).T).T
+    return image.astype(np.uint8)

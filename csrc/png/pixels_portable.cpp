@@ -102,11 +102,6 @@ struct Lanes {
   static constexpr size_t kBytes = 16;
   typedef uint8_t U8 __attribute__((vector_size(16)));
   typedef int32_t I32 __attribute__((vector_size(16)));
-  typedef uint16_t U16 __attribute__((vector_size(16)));
-  typedef int16_t I16 __attribute__((vector_size(16)));
-  typedef uint16_t WideU16 __attribute__((vector_size(32)));
-  typedef int16_t HalfI16 __attribute__((vector_size(8)));
-  typedef uint8_t QuarterU8 __attribute__((vector_size(4)));
   struct Pairs {
     U8 v[8];
   };
@@ -147,6 +142,7 @@ struct Lanes {
   }
 
   static I32 loaded(U8 v) { return reinterpret_cast<I32>(v); }
+  static I32 loaded(I32 v) { return v; }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return sum + (pixels & 0xffff) * (weights & 0xffff) + (pixels >> 16) * (weights >> 16);
   }
