@@ -198,7 +198,7 @@ def _write(plan: Plan, names: list[str], decoded: Decoded, size: int, writer: St
     writer.append(entries, decoded.images if accepted.all() else decoded.images[accepted])
 
 
-def _fall_back(path: Path, size: int, decoded: Decoded, row: int) -> Status:
+def _fall_back(path: str, size: int, decoded: Decoded, row: int) -> Status:
     status, image = pillow.decode_one(path, size)
     if image is not None:
         decoded.images[row] = image

@@ -378,18 +378,18 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
     return header
 
 
-def _field(value: object) -> str:
-    """A CSV field: whole numbers without a decimal point, NaN empty."""
-    if isinstance(value, float | np.floating):
-        if np.isnan(value):
-            return ""
-        return str(int(value)) if value == int(value) else repr(float(value))
-    return str(value)
-
-
 def _index_csv(index: pd.DataFrame) -> str:
-    text = index.apply(lambda column: column.map(_field))
+    """Whole numbers without a decimal point, NaN empty, every float with the digits that give it back."""
+    text = index.copy()
+    for name in index.columns[[kind == "f" for kind in (index[column].dtype.kind for column in index)]]:
+        values = index[name]
+        whole = values.isna() | (values == np.floor(values))
+        text[name] = values.astype("Int64") if whole.all() else values.map(_number, na_action="ignore")
     return str(text.to_csv(index=False, lineterminator="\n"))
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def _ledger_csv(ledger: list[Entry]) -> str:
