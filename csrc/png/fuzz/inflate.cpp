@@ -19,7 +19,8 @@ using cxrfast::png::fuzz::require;
 namespace {
 
 constexpr size_t kMaxIn = 1 << 16, kMaxOut = 1 << 18;
-constexpr size_t kStreams = 4;  // a group of three and one alone
+constexpr size_t kStreams = 4;  // one more than are interleaved
+constexpr size_t kNeighbourNbytes = 500;
 
 Guarded* ins[kStreams];
 Guarded* outs[kStreams];
@@ -46,7 +47,7 @@ Verdict ask_zlib(const uint8_t* data, size_t nbytes) {
 // A stream that is in order, to stand beside the one under test.
 const std::string& neighbour() {
   static const std::string stream = [] {
-    std::string rows(5000, '\0');
+    std::string rows(kNeighbourNbytes, '\0');
     uint32_t state = 1;
     for (char& c : rows) c = static_cast<char>((state = state * 1664525 + 1013904223) >> 28);
     std::string packed(compressBound(rows.size()), '\0');
@@ -117,7 +118,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
     InflateJob group[kStreams] = {
         make_job(0, stream.data(), stream.size(), out_nbytes),
         make_job(1, stream.data(), stream.size(), out_nbytes + 1),
-        make_job(2, other, neighbour().size(), 5000),
+        make_job(2, other, neighbour().size(), kNeighbourNbytes),
         make_job(3, stream.data(), stream.size(), out_nbytes > 0 ? out_nbytes - 1 : 0),
     };
     std::rotate(group, group + nbytes % 3, group + 3);  // any order
