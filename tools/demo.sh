@@ -4,7 +4,7 @@
 #   tools/demo.sh BIN FOLDER     BIN: where the cxrfast commands are; FOLDER: what the demo writes
 set -euo pipefail
 bin=$1 folder=$2
-recipe=(--epochs 12 --batch-size 16 --head gap --resume)
+recipe=(--epochs 8 --resume)
 
 "$bin/cxrfast-doctor" | head -n -1
 "$bin/cxrfast-phantoms" "$folder/films" --images 600 --seed 1
