@@ -163,15 +163,14 @@ class AucCounts:
             InputError: a class has NaN scores; the message names it.
         """
         self._refuse_nan()
-        neg, pos = self.counts[:, 0], self.counts[:, 1]
-        n_neg, n_pos = neg.sum(1), pos.sum(1)
-        # Float64 holds these products exactly up to 2^53 pairs, and cannot overflow beyond.
-        pairs = n_pos.to(torch.float64) * n_neg
-        below = neg.cumsum(1) - neg
-        won = (pos.to(torch.float64) * below).sum(1)
-        tied = (pos.to(torch.float64) * neg).sum(1)
+        if self.counts.device.type == "cpu" and loss_op.compiled_for("cpu"):
+            table = torch.ops.cxrfast.auc_pairs(self.counts)
+        else:
+            table = count_pairs(self.counts).cpu()
+        won, tied, n_neg, n_pos = table.unbind(1)
+        pairs = n_pos * n_neg
         low, auc, high = won / pairs, (won + tied / 2) / pairs, (won + tied) / pairs  # 0 / 0 is the NaN of undefined
-        return AucResult(auc.cpu(), low.cpu(), high.cpu(), n_pos.cpu(), n_neg.cpu())
+        return AucResult(auc, low, high, n_pos.to(torch.int64), n_neg.to(torch.int64))
 
     def interval(self) -> tuple[Tensor, Tensor]:
         """(low, high) of `compute`: float64 (C,) each."""
@@ -248,6 +247,18 @@ def add_counts(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
     rows = torch.arange(0, 2 * counts.shape[0], 2, device=counts.device)
     index = (rows + positive) * CODES + score_codes(logits)
     counts.view(-1).scatter_add_(0, index.flatten(), known.to(torch.int64).flatten())
+
+
+def count_pairs(counts: Tensor) -> Tensor:
+    """Plain torch: what the AUC needs from ``counts``.
+
+    Returns:
+        float64 (C, 4): pairs of a positive above a negative, pairs in one bin, negatives, positives. Float64 holds
+        numbers of pairs exactly up to 2^53, and cannot overflow beyond.
+    """
+    neg, pos = counts.to(torch.float64).unbind(1)
+    below = neg.cumsum(1) - neg
+    return torch.stack([(pos * below).sum(1), (pos * neg).sum(1), neg.sum(1), pos.sum(1)], 1)
 
 
 def exact_auc(scores: Any, targets: Any) -> np.ndarray | float:

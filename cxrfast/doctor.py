@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import cxrfast
+from cxrfast import loss_op
 from cxrfast.decode import backends
 
 _PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "Pillow", "nvidia-dali-cuda120")
@@ -73,7 +74,12 @@ def _decoders() -> dict[str, Any]:
 
 def _training() -> dict[str, Any]:
     reason = "" if torch.cuda.is_available() else "torch sees no CUDA device"
-    return {"training on a GPU": _part("CUDA through torch", reason)}
+    plain = {device: f"{why}; plain torch is in use" for device, why in loss_op.MISSING.items()}
+    return {
+        "training on a GPU": _part("CUDA through torch", reason),
+        "loss on the CPU": _part("weighted BCE, gradient and AUC counts in one pass", plain.get("cpu", "")),
+        "loss on a GPU": _part("the same as one CUDA kernel", plain.get("cuda", "")),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -135,3 +135,7 @@ if "cpu" not in MISSING:
     @torch.library.register_fake("cxrfast::auc_count")
     def _fake_count(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
         return None
+
+    @torch.library.register_fake("cxrfast::auc_pairs")
+    def _fake_pairs(counts: Tensor) -> Tensor:
+        return counts.new_empty((counts.shape[0], 4), dtype=torch.float64)

@@ -236,6 +236,27 @@ void scale_grad_cpu(const void* grad, double scale, void* out, int64_t n) {
   scale_portable<T>(in, Real<T>(scale), scaled, n);
 }
 
+void auc_pairs_cpu(const int64_t* counts, int64_t C, double (*pairs)[4]) {
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t* negatives = counts + c * (2 * kCodes);
+    const int64_t* positives = negatives + kCodes;
+    int64_t below = 0, n_positive = 0;
+    double won = 0, tied = 0;
+    for (int code = 0; code < kCodes; ++code) {
+      if (positives[code]) {
+        won += double(positives[code]) * double(below);
+        tied += double(positives[code]) * double(negatives[code]);
+        n_positive += positives[code];
+      }
+      below += negatives[code];
+    }
+    pairs[c][0] = won;
+    pairs[c][1] = tied;
+    pairs[c][2] = double(below);
+    pairs[c][3] = double(n_positive);
+  }
+}
+
 #define CXRFAST_INSTANTIATE(T)                                              \
   template BceAucSums bce_auc_cpu<T>(const BceAucBatch&, int, ParallelFor); \
   template void scale_grad_cpu<T>(const void* grad, double scale, void* out, int64_t n);

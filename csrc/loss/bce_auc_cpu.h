@@ -37,4 +37,8 @@ BceAucSums bce_auc_cpu(const BceAucBatch& batch, int threads, ParallelFor parall
 template <class T>
 void scale_grad_cpu(const void* grad, double scale, void* out, int64_t n);
 
+// What the AUC of each class needs from counts (C, 2, 65536): pairs[c] = {pairs of a positive above a negative, pairs
+// of equal code, negatives, positives}. NaN scores are counted like the others. Exact up to 2^53 pairs.
+void auc_pairs_cpu(const int64_t* counts, int64_t C, double (*pairs)[4]);
+
 }  // namespace cxrfast

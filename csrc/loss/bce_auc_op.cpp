@@ -71,6 +71,17 @@ void auc_count_cpu(const Tensor& logits, const Tensor& targets, const Tensor& co
   });
 }
 
+Tensor auc_pairs(const Tensor& counts) {
+  STD_TORCH_CHECK(counts.dim() == 3 && counts.size(1) == 2 && counts.size(2) == kCodes && counts.is_contiguous() &&
+                      counts.scalar_type() == ScalarType::Long,
+                  "counts must be contiguous int64 (C, 2, ", kCodes, ")");
+  const int64_t sizes[2] = {counts.size(0), 4};
+  Tensor pairs = empty_tensor(counts, 2, sizes, ScalarType::Double);
+  auc_pairs_cpu(static_cast<const int64_t*>(counts.data_ptr()), counts.size(0),
+                static_cast<double (*)[4]>(pairs.data_ptr()));
+  return pairs;
+}
+
 }  // namespace
 }  // namespace cxrfast
 
@@ -80,10 +91,12 @@ STABLE_TORCH_LIBRARY(cxrfast, m) {
       "Tensor(a!)? counts=None) -> (Tensor loss, Tensor grad, Tensor known)");
   m.def("weighted_bce_auc_backward(Tensor grad_loss, Tensor grad, Tensor known, ScalarType dtype) -> Tensor");
   m.def("auc_count(Tensor logits, Tensor targets, Tensor(a!) counts) -> ()");
+  m.def("auc_pairs(Tensor counts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast, CPU, m) {
   m.impl("weighted_bce_auc", TORCH_BOX(&cxrfast::weighted_bce_auc_cpu));
   m.impl("weighted_bce_auc_backward", TORCH_BOX(&cxrfast::weighted_bce_auc_backward_cpu));
   m.impl("auc_count", TORCH_BOX(&cxrfast::auc_count_cpu));
+  m.impl("auc_pairs", TORCH_BOX(&cxrfast::auc_pairs));
 }
