@@ -5,10 +5,12 @@ depend on the backend without anyone saying so, an operator that was built for a
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,8 @@ from cxrfast.store import Store, open_store
 
 if reason := backends.missing("dali"):
     pytest.skip(reason, allow_module_level=True)
+
+from nvidia.dali import fn, pipeline_def, types
 
 from cxrfast.decode import dali
 from cxrfast.decode.native import NativeDecoder
@@ -248,6 +252,111 @@ def test_a_dali_that_fails_always_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(decoder, "_native", Trusting())
         with pytest.raises(ResourceError, match="DALI fails on every film"):
             decoder.decode_resize([bad] * 3, 16)
+
+
+# ---- memory ----
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in use, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.films
+@pytest.mark.slow
+def test_memory_does_not_grow_over_20_epochs(decoder: Decoder, films: list[Path]) -> None:
+    """A third of the sample where DALI's own decoder or resize makes an epoch long. An epoch's images are 10 MiB, its
+    files 83 MiB: what is lost of either shows 15 times between the two measurements.
+    """
+    sample = films if decoder.pixel_rule == PIXEL_RULE else films[::3]
+    resident = []
+    for _ in range(20):
+        decoder.decode_resize(sample, 224)
+        resident.append(resident_mib())
+    print(f"{decoder.name}, {decoder.pixel_rule}: {resident[4]:.0f} MiB after 5 epochs, {resident[-1]:.0f} after 20")
+    assert resident[-1] - resident[4] < 32
+
+
+# ---- the operators by themselves ----
+
+
+def run_graph(build: Callable[..., Any], *inputs: list[np.ndarray]) -> tuple[Any, ...]:
+    """The outputs of one run of a graph over these inputs."""
+    pipeline = pipeline_def(build)(batch_size=len(inputs[0]), num_threads=2, device_id=None, prefetch_queue_depth=1)
+    return tuple(pipeline.run(**{f"in{place}": given for place, given in enumerate(inputs)}))
+
+
+def source(place: int, dtype: Any = types.UINT8) -> Any:
+    return fn.external_source(name=f"in{place}", dtype=dtype, ndim=1)
+
+
+@needs_operator
+def test_the_operators_in_a_graph_of_ones_own() -> None:
+    dali.load_operators()
+    images = [film(index, side) for index, side in enumerate((40, 17, 90))]
+    files = [np.frombuffer(file, np.uint8) for file in (*map(png, images), b"broken", png(film(3))[:100])]
+
+    def graph() -> Any:
+        return *fn.cxrfast.decode(source(0)), *fn.cxrfast.decode_resize(source(1), size=16)
+
+    whole, statuses, messages, prepared, *same = run_graph(graph, files, files)
+    for index, image in enumerate(images):
+        assert np.array_equal(np.asarray(whole[index])[..., 0], image)
+        assert np.array_equal(np.asarray(prepared[index])[..., 0], pillow_prepared(files[index].tobytes(), 16))
+    assert whole.layout() == prepared.layout() == "HWC"
+    assert [np.asarray(whole[index]).shape for index in (3, 4)] == [(1, 1, 1)] * 2
+    assert np.asarray(statuses.as_tensor()).tolist() == np.asarray(same[0].as_tensor()).tolist()
+    assert [np.asarray(status)[0] for status in statuses] == [Code.OK] * 3 + [Code.UNSUPPORTED, Code.CORRUPT]
+    said = [[np.asarray(message).tobytes().decode() for message in all_] for all_ in (messages, same[2])]
+    assert said[0] == said[1] == ["", "", "", "not a PNG file", "truncated chunk"]
+
+
+@needs_operator
+@pytest.mark.parametrize("operator", ["decode", "decode_resize"])
+def test_the_operators_refuse_wrong_use(operator: str) -> None:
+    dali.load_operators()
+    made = getattr(fn.cxrfast, operator)
+    size = {"size": 16} if operator == "decode_resize" else {}
+    file = np.frombuffer(png(film(0)), np.uint8)
+    with pytest.raises(TypeError, match="must be uint8"):
+        run_graph(lambda: tuple(made(source(0, types.INT32), **size)), [np.zeros(4, np.int32)])
+    with pytest.raises(ValueError, match="null character"):
+        run_graph(lambda: tuple(made(source(0), source(1), **size)), [file], [np.frombuffer(b"a.png", np.uint8)])
+
+
+@needs_operator
+@pytest.mark.parametrize("size", [7, 1025])
+def test_the_operator_refuses_a_size_out_of_range(size: int) -> None:
+    dali.load_operators()
+    with pytest.raises(ValueError, match=f"8 to 1024 pixels, got {size}"):
+        run_graph(lambda: tuple(fn.cxrfast.decode_resize(source(0), size=size)), [np.zeros(4, np.uint8)])
+
+
+@needs_operator
+def test_the_operators_say_what_they_do() -> None:
+    dali.load_operators()
+    assert "convert" in fn.cxrfast.decode.__doc__ and "Outputs" in fn.cxrfast.decode.__doc__
+    assert "8 to 1024" in fn.cxrfast.decode_resize.__doc__
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["dali", pytest.param("dali-native", marks=needs_operator)])
+def test_a_gpu_resizes_within_one_level(backend: str, native: NativeDecoder) -> None:
+    """The graph is the one that the tests above run on the CPU; what is left to see is DALI's GPU side."""
+    rng = np.random.default_rng(4)
+    good = [png(rng.integers(0, 256, side, np.uint8)) for side in SIDES]
+    files = [file for pair in zip(good, broken(good[0]).values(), strict=False) for file in pair]
+    decoder, why = backends.choose_decoder(backend, 2, require_gpu=True)
+    assert "GPU" in why and decoder.pixel_rule == dali.DALI_RULE
+    with decoder:
+        for size in (8, 64, 224):
+            decoded, expected = decoder.decode_resize(files, size), native.decode_resize(files, size)
+            assert decoded.statuses == expected.statuses
+            assert difference(decoded.images, expected.images) <= 1
 
 
 # ---- prep ----
