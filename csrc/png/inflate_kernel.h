@@ -8,15 +8,17 @@
 // 16 bytes; every part happens whether it is needed or not, because half-predictable branches cost more than idle work.
 // A literal entry holds up to three literals and perhaps the length behind them. What must not happen is steered by the
 // tables:
-// - after a length, the second look-up is steered (Entry::next) to a neutral entry: no bits, no bytes, "a length is
-// waiting";
-// - without a length, the distance look-up is steered (Entry::distance) to a neutral entry: no bits, a harmless
-// distance; the
-//   copy then moves 16 stale bytes to where the next step writes, and the length 0 makes nothing of it.
-// Two branches are left, both rarely taken: an entry of no bits at the first look-up (a code longer than the index, a
-// length whose extra bits do not fit, a length above 16, the end of the block: Stream::symbol decides) and a source
-// before the start of the output, which is either a broken file or an entry whose distance was made absurd on purpose
-// (a long code, or a distance so short that the copy would overlap itself: Stream::match decides).
+// - after a length, the second look-up is steered (the entry's `next`) to a neutral entry: no bits, no bytes, "a length
+//   is waiting";
+// - without a length, the distance look-up is steered (the entry's `distance`) to a neutral entry: no bits, a harmless
+//   distance; the copy then moves 16 stale bytes to where the next step writes, and the length 0 makes nothing of it.
+// Two branches are left, both rarely taken:
+// - An entry of no bits at the first look-up: a code longer than the index, a length whose extra bits do not fit, a
+//   length above 16, the end of the block. Stream::symbol decides, except that long literals are decoded in place.
+// - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
+//   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true
+//   one, so short that the copy would overlap itself (copy_pattern), or 0 for a code longer than the index:
+//   Stream::match decides.
 //
 // Note [where a stream is]
 // The position is one number, the address in bits, so that a stream needs two registers (position, output) and four
@@ -36,11 +38,12 @@ constexpr int kMaxLiterals = 3;
 constexpr int kStepBits = 2 * kIndexBits + kDistanceIndexBits + 13;
 static_assert(kStepBits <= 64 - 7, "one load must be enough for a step");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
-static_assert(kStepNbytes <= 32 && kStepBits <= 64, "what Stream::safe_steps divides by");
+static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
+              "what Stream::safe_steps divides by; copy_pattern may write 8 more");
 
 // A steered look-up's index is empty, and it starts kSteer entries lower: at the neutral entry.
 #ifdef CXRFAST_INFLATE_BMI2
-constexpr int kSteer = kIndexBits, kDistanceSteer = kDistanceIndexBits;  // serves as the width of the index as well
+constexpr int kSteer = kIndexBits, kDistanceSteer = kDistanceIndexBits;  // the width of the index as well
 #else
 constexpr int kSteer = 1, kDistanceSteer = 1;
 #endif
@@ -48,8 +51,9 @@ constexpr int kSteer = 1, kDistanceSteer = 1;
 constexpr int kLiteralCountShift = 24, kBitsShift = 32, kLengthShift = 40, kNextShift = 48, kDistanceShift = 56;
 constexpr uint64_t kLook = uint64_t{kSteer} << kNextShift;  // an entry that leaves everything to Stream::symbol
 constexpr uint64_t kLengthWaits = uint64_t{kDistanceSteer} << kDistanceShift;  // the neutral entry behind a length
-constexpr uint64_t kNoDistance = 512;  // the neutral distance: far enough that its bytes have left the store queue
-constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // no output that comes here is as long
+// The neutral distance: far enough back that its bytes have left the store queue.
+constexpr uint64_t kNoDistance = 512;
+constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
 
 inline uint64_t load64(const uint8_t* at) {
@@ -133,6 +137,20 @@ struct CanonicalCode {
 };
 
 enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
+
+#ifdef CXRFAST_INFLATE_BMI2
+struct Repeats {
+  alignas(16) uint8_t of[kMaxCopy][kMaxCopy];
+  constexpr const uint8_t* operator[](size_t i) const { return of[i]; }
+};
+constexpr Repeats kRepeat = [] {
+  Repeats repeats{};
+  for (size_t distance = 1; distance <= kMaxCopy; ++distance) {
+    for (size_t i = 0; i < kMaxCopy; ++i) repeats.of[distance - 1][i] = static_cast<uint8_t>(i % distance);
+  }
+  return repeats;
+}();
+#endif
 
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 
@@ -373,15 +391,15 @@ struct Stream {
     uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
     for (int length = 1; length <= kDistanceIndexBits; ++length) {
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
-        if (*symbol >= kMaxDynamicDistanceSymbols || kDistanceBase[*symbol] < kMaxCopy) continue;
+        if (*symbol >= kMaxDynamicDistanceSymbols) continue;
         const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
 #ifdef CXRFAST_INFLATE_BMI2
         const uint64_t where = extra_bits << 8 | code_length;
 #else
         const uint64_t where = (uint64_t{1} << extra_bits) - 1;
 #endif
-        const uint64_t entry =
-            kDistanceBase[*symbol] | where << 32 | (code_length + extra_bits) << 48 | code_length << 56;
+        const uint64_t base = kDistanceBase[*symbol] | (kDistanceBase[*symbol] < kMaxCopy ? kAbsurdDistance : 0);
+        const uint64_t entry = base | where << 32 | (code_length + extra_bits) << 48 | code_length << 56;
         for (uint32_t at = code_bits(next); at < 1u << kDistanceIndexBits; at += 1u << length) table[at] = entry;
       }
     }
@@ -533,6 +551,27 @@ template <int kBits>
 #endif
 }
 
+// Copies kMaxCopy bytes (and may write 8 more) whose source reaches into them: the last bytes repeat with the period
+// `distance` <= kMaxCopy.
+[[gnu::always_inline]] inline void copy_pattern(uint8_t* to, uint64_t distance) {
+#ifdef CXRFAST_INFLATE_BMI2
+  const __m128i source = _mm_loadu_si128(reinterpret_cast<const __m128i*>(to - distance));
+  const __m128i repeat = _mm_load_si128(reinterpret_cast<const __m128i*>(kRepeat[distance - 1]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(source, repeat));
+#else
+  if (distance >= 8) {
+    std::memcpy(to, to - distance, 8);
+    std::memcpy(to + 8, to + 8 - distance, 8);
+    return;
+  }
+  const uint64_t once = load64(to - distance) & ((uint64_t{1} << 8 * distance) - 1);
+  uint64_t repeated = once;
+  for (uint64_t filled = distance; filled < 8; filled *= 2) repeated |= repeated << 8 * filled;
+  const uint64_t whole = 8 / distance * distance;  // periods that fit
+  for (size_t i = 0; i < 3; ++i) std::memcpy(to + i * whole, &repeated, 8);
+#endif
+}
+
 // One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
 template <int k>
 [[gnu::always_inline]] inline bool step(const Stream* streams, uint64_t& position, uint8_t*& out, uint64_t three,
@@ -588,16 +627,27 @@ template <int k>
 #else
   const uint64_t extra = bits >> (load_u8<kDistances + 7>(d_from, d) & 63) & where;
 #endif
-  const uint8_t* from = to - add_u32<kDistances>(extra, d_from, d);
-  if (reinterpret_cast<int64_t>(from) < reinterpret_cast<int64_t>(streams[k].out_begin)) [[unlikely]] {
-    stopped_ret = {Stop::kMatch, k, length};
-    position += used;
-    out = to;
-    return false;
+  const uint64_t distance = add_u32<kDistances>(extra, d_from, d);
+  const uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
+  const uint64_t d_used = load_u8<kDistances + 6>(d_from, d);
+  if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(streams[k].out_begin)) [[unlikely]] {
+    const uint64_t true_distance = distance % kAbsurdDistance;
+    if (length > 0) {
+      if (true_distance == 0 || true_distance > static_cast<uint64_t>(to - streams[k].out_begin)) {
+        stopped_ret = {Stop::kMatch, k, length};
+        position += used;
+        out = to;
+        return false;
+      }
+      copy_pattern(to, true_distance);
+    }
+    out = to + length;
+    position += used + d_used;
+    return true;
   }
-  std::memcpy(to, from, kMaxCopy);
+  std::memcpy(to, reinterpret_cast<const uint8_t*>(from), kMaxCopy);
   out = to + length;
-  position += used + load_u8<kDistances + 6>(d_from, d);
+  position += used + d_used;
   return true;
 }
 
@@ -609,7 +659,8 @@ template <size_t... k>
   Stopped stopped = {Stop::kSteps, 0, 0};
   uint64_t three = 3, index_bits = kIndexBits;
 #ifdef CXRFAST_INFLATE_BMI2
-  asm("" : "+r"(three), "+r"(index_bits));  // known to be constants, they would become copies and masks again
+  // Known to be constants, they would become copies and masks again.
+  asm("" : "+r"(three), "+r"(index_bits));
 #endif
   while ((step<k>(streams, position[k], out[k], three, index_bits, stopped) && ...) && --steps > 0) {
   }
@@ -636,7 +687,7 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
     Stream& stream = streams[stopped.stream];
     Outcome outcome = Outcome::kContinue;
     if (stopped.why == Stop::kMatch) {
-      if (stopped.length > 0) outcome = stream.match(stopped.length);
+      outcome = stream.match(stopped.length);
     } else {
       outcome = stream.symbol();
     }
