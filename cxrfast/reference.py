@@ -117,7 +117,7 @@ def unfilter_ref(rows: np.ndarray, bpp: int) -> np.ndarray:
             p = a + b - c
             paeth = min((a, b, c), key=lambda value: abs(p - value))
             predictor = (0, a, b, (a + b) // 2, paeth)[rows[y, 0]]
-            out[y + 1, i + bpp] = (rows[y, i + 1] + predictor) % 256
+            out[y + 1, i + bpp] = (int(rows[y, i + 1]) + predictor) % 256
     return out[1:, bpp:].astype(np.uint8)
 
 

@@ -1,5 +1,8 @@
-// pixels_driver.cpp - un-filter and resample for test_pixels.py: as a library through ctypes, and as a command that reads
-// films from stdin, so that a build with sanitizers sees buffers of exactly the promised sizes.
+// pixels_driver.cpp - un-filter and resample for test_pixels.py: as a library through ctypes, and as a command that
+// reads films from stdin, so that a build with sanitizers sees buffers of exactly the promised sizes.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -19,6 +22,19 @@ struct Ending {
 size_t pixel_pad() { return kPixelPad; }
 
 int cpu_level() { return static_cast<int>(cpu_isa()); }
+
+// nbytes bytes that end where a page ends that may not be touched. 0 when memory ran out.
+size_t guarded(size_t nbytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = (nbytes + page - 1) / page * page;
+  void* const start = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED || mprotect(static_cast<uint8_t*>(start) + whole, page, PROT_NONE) != 0) return 0;
+  return reinterpret_cast<size_t>(start) + whole - nbytes;
+}
+
+void unguard(uint8_t* bytes, size_t nbytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = (nbytes + page - 1) / page * page;
+  munmap(bytes + nbytes - whole, whole + page);
+}
 
 void run_unfilter(uint8_t* rows, uint32_t height, size_t row_nbytes, int bpp, Ending* ending) {
   const Status status = unfilter(rows, height, row_nbytes, bpp);
@@ -41,15 +57,15 @@ void run_wavefront(const uint8_t* rows, uint32_t height, size_t width, uint8_t* 
   }
 }
 
-void run_resample(const uint8_t* grey, uint32_t width, uint32_t height, size_t stride_bytes, uint32_t size, uint8_t* out,
-                  int level) {
+void run_resample(const uint8_t* grey, uint32_t width, uint32_t height, size_t stride_bytes, uint32_t size,
+                  uint8_t* out, int level) {
   Scratch scratch;
   resample(Resampler(width, height, size), grey, stride_bytes, out, scratch, static_cast<Isa>(level));
 }
 
 // count films of one size of result; rows, widths, heights, outs and endings have one entry each.
-void run_films(uint8_t* const* rows, const uint32_t* widths, const uint32_t* heights, uint32_t size, uint8_t* const* outs,
-               size_t count, int level, Ending* endings) {
+void run_films(uint8_t* const* rows, const uint32_t* widths, const uint32_t* heights, uint32_t size,
+               uint8_t* const* outs, size_t count, int level, Ending* endings) {
   static thread_local Scratch scratch;  // used again with other sizes, as decoders do
   std::vector<Resampler> resamplers;
   std::vector<PixelJob> jobs(count);
@@ -79,12 +95,14 @@ bool read_exactly(void* to, size_t nbytes) { return std::fread(to, 1, nbytes, st
 
 }  // namespace
 
-// stdin: films, each a Header and its rows. stdout: for each film its Ending, its image by run_films and, where the film is
-// whole, its image by unfilter and run_resample.
-int main() {
+// stdin: films, each a Header and its rows. stdout: for each film its Ending, its image by run_films and, where the
+// film is whole, its image by unfilter and run_resample. With an argument: the level of this CPU, instead.
+int main(int count, char**) {
+  if (count > 1) return std::printf("%d\n", cpu_level()) < 0;
   Header header;
   while (read_exactly(&header, sizeof header)) {
-    const size_t width = header.width, rows_nbytes = header.height * (width + 1), pixels = size_t{header.size} * header.size;
+    const size_t width = header.width, rows_nbytes = header.height * (width + 1),
+                 pixels = size_t{header.size} * header.size;
     const std::unique_ptr<uint8_t[]> rows(new uint8_t[rows_nbytes + kPixelPad]), plain(new uint8_t[rows_nbytes]);
     const std::unique_ptr<uint8_t[]> out(new uint8_t[pixels]);
     if (!read_exactly(rows.get(), rows_nbytes)) return 1;

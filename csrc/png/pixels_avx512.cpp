@@ -85,7 +85,9 @@ struct Lanes {
 
   // In a register: compilers would rather read it from memory again for each product.
   static I32 loaded(I32 v) {
+#if !defined(CXRFAST_EMULATE_AVX512)
     asm("" : "+v"(v));
+#endif
     return v;
   }
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) { return _mm512_dpwssd_epi32(sum, pixels, weights); }
