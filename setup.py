@@ -30,7 +30,7 @@ if os.environ.get("CXRFAST_WERROR") == "1":
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: major, minor in the first two bytes
 
 # Plain shared libraries, loaded by torch or DALI and not by Python: no Python version in their names.
-PLAIN = {"_loss": "_loss.so", "_loss_cuda": "_loss_cuda.so", "_dali_operator": "_dali_operator.so"}
+PLAIN = {name: f"{name}.so" for name in ("_block", "_loss", "_loss_cuda", "_dali_operator")}
 
 
 class OptionalBuild(build_ext):
@@ -104,6 +104,25 @@ def loss_extension() -> Extension | None:
         extra_compile_args=[
             *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-std=c++20", "-O3"),
             *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS),
+        ],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+    )
+
+
+def block_extension() -> Extension | None:
+    """cxrfast/_block.so: a block of the network on the CPU (csrc/block), on torch's stable ABI like the loss."""
+    torch = folder_of("torch")
+    if torch is None:
+        return None
+    return Extension(
+        "cxrfast._block",
+        sorted(glob.glob("csrc/block/*.cpp")),
+        depends=sorted(glob.glob("csrc/block/*.h")),
+        language="c++",
+        extra_compile_args=[
+            *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-std=c++20", "-O3"),
+            *("-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS),
         ],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
@@ -210,7 +229,7 @@ def dali_version() -> str:
 
 
 dali_build = {"dali": "", "reason": ""}
-extensions = [png_extension(), loss_extension(), loss_cuda_extension(), dali_operator()]
+extensions = [png_extension(), block_extension(), loss_extension(), loss_cuda_extension(), dali_operator()]
 setup(
     ext_modules=[extension for extension in extensions if extension is not None],
     cmdclass={"build_ext": OptionalBuild},

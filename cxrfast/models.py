@@ -7,14 +7,16 @@ neurons which see age, sex and view.
 Three things are written differently from the paper's sentence without changing the function, and a test holds each to
 the plain form: the convolutions have no bias (the batch norm behind them subtracts any constant), the second ReLU of a
 block comes after its max-pool (both are monotone, so they commute, and ReLU then touches a quarter of the map), and
-dropout draws one random byte per value instead of one float (0.25 = 64/256, exactly).
+dropout draws one random byte per value instead of one float (0.25 = 64/256, exactly). On a CPU, batch norm and what
+follows it is one pass (block.py) where that was built.
 
 Left out: anything about training (train.py) and about where images come from (data.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxrfast import block as fused
 from cxrfast.errors import InputError
 from cxrfast.nih import CLASSES
 
@@ -55,19 +58,19 @@ class Noise:
         self._generator.manual_seed(mix_seed(self._seed, step))
         self._first_row, self._num_rows = first_row, num_rows_global
 
-    def bytes_like(self, x: Tensor) -> Tensor:
-        """uint8 random bytes in the shape and memory order of ``x``, (N, C, H, W) or (N, C)."""
-        num_rows = max(self._num_rows, self._first_row + len(x))
-        row_nbytes = x[0].numel() if len(x) else int(np.prod(x.shape[1:]))
-        words = torch.empty(-(-num_rows * row_nbytes // 8), dtype=torch.int64, device=x.device)
+    def bytes_of(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """uint8 random bytes, (N, C, H, W) in channels-last order or (N, C)."""
+        rows, row_nbytes = shape[0], math.prod(shape[1:])
+        all_rows = max(self._num_rows, self._first_row + rows)
+        words = torch.empty(-(-all_rows * row_nbytes // 8), dtype=torch.int64, device=device)
         # random_() without bounds draws 63 bits and leaves the sign bit 0, which would bias every eighth byte.
         words.random_(-(2**63), None, generator=self._generator)
         begin = self._first_row * row_nbytes
-        rows = words.view(torch.uint8)[begin : begin + len(x) * row_nbytes]
-        if x.dim() == 4:
-            N, C, H, W = x.shape
-            return rows.view(N, H, W, C).permute(0, 3, 1, 2)
-        return rows.view(x.shape)
+        drawn = words.view(torch.uint8)[begin : begin + rows * row_nbytes]
+        if len(shape) == 4:
+            N, C, H, W = shape
+            return drawn.view(N, H, W, C).permute(0, 3, 1, 2)
+        return drawn.view(*shape)
 
 
 def mix_seed(*parts: int) -> int:
@@ -98,8 +101,15 @@ class Dropout(nn.Module):
             return x
         if self.noise is None:
             return F.dropout(x, p)
-        keep = self.noise.bytes_like(x) >= self.threshold
+        keep = self.noise.bytes_of(x.shape, x.device) >= self.threshold
         return x * (keep * (1 / (1 - p))).to(x.dtype)
+
+    def bytes_for(self, x: Tensor) -> Tensor | None:
+        """The random bytes for the pooled map of ``x``; None where nothing is dropped."""
+        if not self.training or self.threshold == 0 or self.noise is None:
+            return None
+        N, C, H, W = x.shape
+        return self.noise.bytes_of((N, C, H // 2, W // 2), x.device)
 
 
 class Block(nn.Module):
@@ -114,8 +124,12 @@ class Block(nn.Module):
         self.dropout = Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        x = F.relu(F.max_pool2d(self.norm2(self.conv2(x)), 2), inplace=True)
+        if fused.usable(x) and (self.dropout.noise is not None or not self.training):
+            x = fused.norm_relu_conv(fused.conv(x, self.conv1), self.norm1, self.conv2)
+            return fused.norm_pool(x, self.norm2, self.dropout.bytes_for(x), self.dropout.threshold)
+        x = self.conv1(x)
+        x = self.conv2(F.relu(self.norm1(x), inplace=True))
+        x = F.relu(F.max_pool2d(self.norm2(x), 2), inplace=True)
         return self.dropout(x)
 
 

@@ -141,6 +141,10 @@ def _per_channel(values: Tensor) -> Tensor:
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics are those of the global batch, for processes on CPUs (torch's own needs GPUs)."""
 
+    def all_reduce(self, sums: Tensor) -> None:
+        """What the fused passes (block.py) sum over the processes."""
+        dist.all_reduce(sums)
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)

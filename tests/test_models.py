@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cxrfast import block
 from cxrfast.errors import InputError
 from cxrfast.models import (
     ChestNet,
@@ -41,20 +42,33 @@ def test_parameters_at_224_pixels(model, head, parameters):
 @pytest.mark.parametrize("size", [16, 17, 33, 48])
 @pytest.mark.parametrize("model", ["cnn", "multimodal"])
 @pytest.mark.parametrize("head", ["flatten", "gap"])
-def test_is_the_papers_network(size, model, head):
+@pytest.mark.parametrize("way", ["plain", "fused"])
+def test_is_the_papers_network(size, model, head, way):
+    """In float64 the plain layers, in float32 the compiled passes."""
+    # A ReLU or a pool whose input is nearly a tie falls the other way in float32, and takes its gradient along.
+    dtype, tolerance, for_gradients = (torch.float64, 1e-9, 1e-9) if way == "plain" else (torch.float32, 2e-4, 0.03)
+    if way == "fused" and block.MISSING:
+        pytest.skip(block.MISSING)
     torch.manual_seed(size)
     paper = PaperNet(size, model, head).double()
-    net = ChestNet(size, model, head).double().to(memory_format=torch.channels_last)
+    net = ChestNet(size, model, head).double()
     paper.copy_to(net)
+    net.to(dtype).to(memory_format=torch.channels_last)
+    net.attach_noise(Noise(0))
     for module in (*paper.modules(), *net.modules()):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(module, Dropout):
             module.threshold = 0
     images, metadata = torch.randn(3, 1, size, size).double(), torch.randn(3, 5).double()
+
+    def assert_close(found, expected, tolerance=tolerance):
+        scale = expected.detach().abs().max().item()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * max(1.0, scale))
+
     for _ in range(2):  # the second step sees what the first has left in the running statistics
-        expected, found = paper(images, metadata), net(images, metadata)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        expected, found = paper(images, metadata), net(images.to(dtype), metadata.to(dtype))
+        assert_close(found, expected)
         paper.zero_grad()
         net.zero_grad()
         expected.square().sum().backward()
@@ -62,10 +76,12 @@ def test_is_the_papers_network(size, model, head):
     grads = {name: p.grad for name, p in net.named_parameters()}
     for name, p in paper.named_parameters():
         if name in grads:
-            torch.testing.assert_close(grads[name], p.grad, rtol=1e-7, atol=1e-9)
+            assert_close(grads[name], p.grad, for_gradients)
         else:
             assert name.endswith("bias") and p.grad.abs().max() < 1e-9  # a bias that nothing depends on
-    torch.testing.assert_close(net.eval()(images, metadata), paper.eval()(images, metadata), rtol=1e-9, atol=1e-9)
+    assert_close(net.eval()(images.to(dtype), metadata.to(dtype)), paper.eval()(images, metadata))
+    for name, buffer in net.named_buffers():
+        assert buffer.dtype == torch.int64 or buffer.isfinite().all(), name
 
 
 def test_multimodal_sees_the_metadata_and_cnn_does_not():

@@ -1,0 +1,186 @@
+// block_op.cpp - norm_kernels.h and weight_grad.h as torch operators, on torch's stable ABI (torch >= 2.10).
+//
+// Every operator writes into tensors that cxrfast/block.py has made; autograd is there too. Shapes are those of
+// channels-last maps seen as contiguous (N, H, W, C).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "norm_kernels.h"
+#include "weight_grad.h"
+
+namespace cxrfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const float* channel_values(const Tensor& values, int64_t count, const char* name) {
+  STD_TORCH_CHECK(values.numel() == count && values.scalar_type() == ScalarType::Float && values.is_contiguous(), name,
+                  " must be ", count, " contiguous float32 values");
+  return static_cast<const float*>(values.data_ptr());
+}
+
+NormJob make_job(NormKind kind, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "x must be contiguous (N, H, W, C)");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+                  "x must be float32 or bfloat16");
+  NormJob job{};
+  job.kind = kind;
+  job.bf16 = x.scalar_type() == ScalarType::BFloat16;
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.C = x.size(3);
+  job.x = x.data_ptr();
+  job.keep_scale = 1;
+  return job;
+}
+
+void* map_data(const Tensor& map, const NormJob& job, bool pooled, ScalarType dtype, const char* name) {
+  const int64_t H = pooled ? job.H / 2 : job.H, W = pooled ? job.W / 2 : job.W;
+  STD_TORCH_CHECK(map.dim() == 4 && map.size(0) == job.N && map.size(1) == H && map.size(2) == W &&
+                      map.size(3) == job.C && map.is_contiguous() && map.scalar_type() == dtype,
+                  name, " must be contiguous (", job.N, ", ", H, ", ", W, ", ", job.C, ") and of x's type");
+  return map.data_ptr();
+}
+
+void run(const NormJob& job) {
+  torch::stable::parallel_for(0, norm_chunks(job), 1, [&](int64_t begin, int64_t end) { norm_run(job, begin, end); });
+}
+
+void run_sums(NormJob& job, const Tensor& sums) {
+  STD_TORCH_CHECK(sums.numel() == 2 * job.C && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
+                  "sums must be contiguous float64 (2, C)");
+  std::vector<double> partial(size_t(norm_chunks(job) * 2 * job.C));
+  job.partial = partial.data();
+  run(job);
+  norm_finish_sums(job, static_cast<double*>(sums.data_ptr()));
+}
+
+void norm_sums(const Tensor& x, const Tensor& sums) {
+  NormJob job = make_job(NormKind::kSums, x);
+  run_sums(job, sums);
+}
+
+void norm_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& out) {
+  NormJob job = make_job(NormKind::kRelu, x);
+  job.scale = channel_values(scale, job.C, "scale");
+  job.shift = channel_values(shift, job.C, "shift");
+  job.out = map_data(out, job, false, x.scalar_type(), "out");
+  run(job);
+}
+
+void norm_relu_backward_sums(const Tensor& x, const Tensor& grad, const Tensor& scale, const Tensor& shift,
+                             const Tensor& sums) {
+  NormJob job = make_job(NormKind::kReluBackwardSums, x);
+  job.grad = map_data(grad, job, false, x.scalar_type(), "grad");
+  job.scale = channel_values(scale, job.C, "scale");
+  job.shift = channel_values(shift, job.C, "shift");
+  run_sums(job, sums);
+}
+
+void norm_relu_backward(const Tensor& x, const Tensor& grad, const Tensor& scale, const Tensor& shift,
+                        const Tensor& coef) {
+  NormJob job = make_job(NormKind::kReluBackward, x);
+  job.out = map_data(grad, job, false, x.scalar_type(), "grad");
+  job.grad = job.out;
+  job.scale = channel_values(scale, job.C, "scale");
+  job.shift = channel_values(shift, job.C, "shift");
+  job.coef = channel_values(coef, 3 * job.C, "coef");
+  run(job);
+}
+
+void norm_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, std::optional<Tensor> bytes,
+               int64_t threshold, double keep_scale, const Tensor& out, const Tensor& place) {
+  NormJob job = make_job(NormKind::kPool, x);
+  job.scale = channel_values(scale, job.C, "scale");
+  job.shift = channel_values(shift, job.C, "shift");
+  if (bytes) job.bytes = static_cast<const uint8_t*>(map_data(*bytes, job, true, ScalarType::Byte, "bytes"));
+  job.threshold = int(threshold);
+  job.keep_scale = float(keep_scale);
+  job.out = map_data(out, job, true, x.scalar_type(), "out");
+  job.place = static_cast<uint8_t*>(map_data(place, job, true, ScalarType::Byte, "place"));
+  run(job);
+}
+
+NormJob pool_backward_job(NormKind kind, const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale) {
+  NormJob job = make_job(kind, x);
+  job.grad = map_data(grad, job, true, x.scalar_type(), "grad");
+  job.place = static_cast<uint8_t*>(map_data(place, job, true, ScalarType::Byte, "place"));
+  job.keep_scale = float(keep_scale);
+  return job;
+}
+
+void norm_pool_backward_sums(const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale,
+                             const Tensor& sums) {
+  NormJob job = pool_backward_job(NormKind::kPoolBackwardSums, x, grad, place, keep_scale);
+  run_sums(job, sums);
+}
+
+void norm_pool_backward(const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale, const Tensor& coef,
+                        const Tensor& out) {
+  NormJob job = pool_backward_job(NormKind::kPoolBackward, x, grad, place, keep_scale);
+  job.coef = channel_values(coef, 3 * job.C, "coef");
+  job.out = map_data(out, job, false, x.scalar_type(), "out");
+  run(job);
+}
+
+bool has_weight_grad() { return weight_grad_supported(); }
+
+void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
+  STD_TORCH_CHECK(weight_grad_supported(), "weight_grad needs AVX2 and FMA");
+  WeightGradJob job{};
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
+                  "x must be contiguous float32 (N, H, W, in)");
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float &&
+                      grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W,
+                  "grad must be contiguous float32 (N, H, W, out)");
+  job.out = grad.size(3);
+  STD_TORCH_CHECK(job.in % kWeightGradIn == 0 && job.out % kWeightGradOut == 0, "channels must be multiples of ",
+                  kWeightGradIn, " and ", kWeightGradOut);
+  STD_TORCH_CHECK(out.numel() == 9 * job.out * job.in && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
+                  "out must be contiguous float32 (3, 3, out, in)");
+  job.x = static_cast<const float*>(x.data_ptr());
+  job.grad = static_cast<const float*>(grad.data_ptr());
+  std::vector<float> partial(size_t(weight_grad_parts(job) * 9 * job.out * job.in));
+  job.partial = partial.data();
+  torch::stable::parallel_for(0, weight_grad_parts(job), 1,
+                              [&](int64_t begin, int64_t end) { weight_grad_run(job, begin, end); });
+  weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
+}
+
+}  // namespace
+}  // namespace cxrfast
+
+STABLE_TORCH_LIBRARY(cxrfast_block, m) {
+  m.def("sums(Tensor x, Tensor(a!) sums) -> ()");
+  m.def("relu(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
+  m.def("relu_backward_sums(Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor(a!) sums) -> ()");
+  m.def("relu_backward(Tensor x, Tensor(a!) grad, Tensor scale, Tensor shift, Tensor coef) -> ()");
+  m.def(
+      "pool(Tensor x, Tensor scale, Tensor shift, Tensor? bytes, int threshold, float keep_scale, Tensor(a!) out, "
+      "Tensor(b!) place) -> ()");
+  m.def("pool_backward_sums(Tensor x, Tensor grad, Tensor place, float keep_scale, Tensor(a!) sums) -> ()");
+  m.def("pool_backward(Tensor x, Tensor grad, Tensor place, float keep_scale, Tensor coef, Tensor(a!) out) -> ()");
+  m.def("has_weight_grad() -> bool");
+  m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
+  m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
+  m.impl("sums", TORCH_BOX(&cxrfast::norm_sums));
+  m.impl("relu", TORCH_BOX(&cxrfast::norm_relu));
+  m.impl("relu_backward_sums", TORCH_BOX(&cxrfast::norm_relu_backward_sums));
+  m.impl("relu_backward", TORCH_BOX(&cxrfast::norm_relu_backward));
+  m.impl("pool", TORCH_BOX(&cxrfast::norm_pool));
+  m.impl("pool_backward_sums", TORCH_BOX(&cxrfast::norm_pool_backward_sums));
+  m.impl("pool_backward", TORCH_BOX(&cxrfast::norm_pool_backward));
+  m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
+}

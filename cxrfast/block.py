@@ -1,0 +1,255 @@
+"""A block of the network on the CPU (csrc/block): batch norm with what follows it in one pass, and convolutions whose
+weight gradient is ours where torch's is slow.
+
+    conv             the block's first convolution
+    norm_relu_conv   batch norm, ReLU, the block's second convolution
+    norm_pool        batch norm, 2x2 max-pool, ReLU, dropout
+
+They compute what torch's own layers compute, forward and backward, and keep less: the first computes the convolution's
+input again in the backward pass, the second keeps one byte per pooled value instead of two maps and an index.
+Left out: GPUs, float64, and the layers' plain form (models.py), which serves wherever `usable` says no.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _load() -> str:
+    path = Path(__file__).with_name("_block.so")
+    if not path.exists():
+        return f"{path.name} was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return ""
+
+
+MISSING = _load()
+"""Why the compiled part is not there; empty where it is."""
+
+HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad()
+"""Whether this CPU is one for our weight gradient."""
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the compiled part takes this map: dense channels-last float32 or bfloat16 on the CPU."""
+    return (
+        not MISSING
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """``layer(x)`` for a 3x3 convolution with padding 1 and no bias; for maps of the kind that `usable` takes."""
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    out: Tensor = _Conv.apply(x, layer.weight)
+    return out
+
+
+def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
+    """conv(relu(norm(x))) for a 3x3 convolution with padding 1 and no bias; (N, C, H, W) to (N, out, H, W)."""
+    out: Tensor = _NormReluConv.apply(x, norm.weight, norm.bias, conv.weight, norm)
+    return out
+
+
+def norm_pool(x: Tensor, norm: nn.BatchNorm2d, noise: Tensor | None, threshold: int) -> Tensor:
+    """dropout(relu(max_pool2d(norm(x), 2))); (N, C, H, W) to (N, C, H // 2, W // 2).
+
+    Args:
+        x: what `usable` takes.
+        norm: its statistics are of the batch (of all processes where it has ``all_reduce``) or, evaluated, its own.
+        noise: uint8 (N, C, H // 2, W // 2), channels-last, random; None drops nothing.
+        threshold: values whose byte is below it are dropped, the rest multiplied by 256 / (256 - threshold).
+    """
+    out: Tensor = _NormPool.apply(x, norm.weight, norm.bias, noise, threshold, norm)
+    return out
+
+
+class _Affine:
+    """The affine map per channel that a batch norm is for one batch, and its derivative."""
+
+    def __init__(self, x: Tensor, norm: nn.BatchNorm2d) -> None:
+        self.all_reduce = getattr(norm, "all_reduce", None) if norm.training else None
+        weight, bias = norm.weight.detach(), norm.bias.detach()
+        self.count = x.numel() / x.shape[1]
+        if norm.training:
+            sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+            torch.ops.cxrfast_block.sums(_nhwc(x), sums)
+            sums = self._over_all(sums)
+            self.mean = sums[0] / self.count
+            variance = (sums[1] / self.count - self.mean * self.mean).clamp_(min=0)
+            _update_running(norm, self.mean, variance, self.count)
+        else:
+            assert norm.running_mean is not None and norm.running_var is not None
+            self.mean, variance = norm.running_mean.double(), norm.running_var.double()
+        self.training = norm.training
+        self.inverse = (variance + norm.eps).rsqrt()
+        scale = weight.double() * self.inverse
+        self._scale = scale
+        self.scale = scale.float()
+        self.shift = (bias.double() - self.mean * scale).float()
+
+    def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the sums of g and g * x: the coefficients of grad x = c0 * g + c1 * x + c2, and the gradients of weight
+        and bias (this process's part, as everywhere under DistributedDataParallel)."""
+        grad_weight = ((sums[1] - self.mean * sums[0]) * self.inverse).float()
+        grad_bias = sums[0].float()
+        coef = torch.zeros(3, len(self.mean), dtype=torch.float64)
+        coef[0] = self._scale
+        if self.training:  # the statistics depend on x too
+            total = sums if self.all_reduce is None else self._over_all(sums, counted=True)
+            mean_g = total[0] / self.count
+            mean_product = (total[1] - self.mean * total[0]) * self.inverse / self.count
+            coef[1] = -self._scale * self.inverse * mean_product
+            coef[2] = -self._scale * mean_g - coef[1] * self.mean
+        return coef.float(), grad_weight, grad_bias
+
+    def _over_all(self, sums: Tensor, counted: bool = False) -> Tensor:
+        if self.all_reduce is None:
+            return sums
+        with_count = torch.cat([sums.flatten(), torch.tensor([self.count], dtype=torch.float64)])
+        self.all_reduce(with_count)
+        if not counted:
+            self.count = float(with_count[-1])
+        return with_count[:-1].view(2, -1)
+
+
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    norm.running_mean.lerp_(mean.float(), norm.momentum)
+    norm.running_var.lerp_((variance * (count / max(1.0, count - 1))).float(), norm.momentum)
+    norm.num_batches_tracked += 1
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _relu(x: Tensor, affine: _Affine) -> Tensor:
+    out = torch.empty_like(x)
+    torch.ops.cxrfast_block.relu(_nhwc(x), affine.scale, affine.shift, _nhwc(out))
+    return out
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    # the result is channels-last for a map of one channel too, whose own memory format says nothing
+    return _channels_last(F.conv2d(x, _channels_last(kernel, x.dtype), padding=1), x.dtype)
+
+
+def _conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+    """Gradients of x and of the kernel of a 3x3 convolution with padding 1.
+
+    On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
+    forward pass (docs/notes.md); ours at about the forward pass. A map of one channel goes by nine matrix products.
+    """
+    ours = HAS_WEIGHT_GRAD and x.dtype == torch.float32
+    grad_x, grad_kernel, _ = (
+        torch.ops.aten.convolution_backward(
+            grad, x, kernel.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [need_x, not ours, False]
+        )
+        if need_x or not ours
+        else (None, None, None)
+    )
+    if ours:
+        taps = torch.empty(3, 3, kernel.shape[0], kernel.shape[1])
+        if kernel.shape[1] % 16 == 0 and kernel.shape[0] % 2 == 0:
+            torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), taps)
+        else:
+            _weight_grad_by_products(x, grad, taps)
+        grad_kernel = taps.permute(2, 3, 0, 1)
+    assert grad_kernel is not None
+    return grad_x, grad_kernel.to(kernel.dtype)
+
+
+def _weight_grad_by_products(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Both maps padded to the same row length, so that a tap is one offset between two flat lists of pixels."""
+    width = x.shape[3] + 2
+    pixels = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)).reshape(-1, x.shape[1])
+    grads = F.pad(_nhwc(grad), (0, 0, 0, 2, 0, 2)).reshape(-1, grad.shape[1]).t()
+    for ky in range(3):
+        for kx in range(3):
+            offset = ky * width + kx
+            torch.mm(grads[:, : grads.shape[1] - offset], pixels[offset:], out=out[ky, kx])
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        return _convolve(x, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, kernel = ctx.saved_tensors
+        return _conv_backward(_channels_last(grads[0], x.dtype), x, kernel, ctx.needs_input_grad[0])
+
+
+class _NormReluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        ctx.affine = _Affine(x, norm)
+        ctx.save_for_backward(x, kernel)
+        return _convolve(_relu(x, ctx.affine), kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel = ctx.saved_tensors
+        affine: _Affine = ctx.affine
+        y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
+        incoming = _channels_last(grads[0], x.dtype)
+        grad_y, grad_kernel = _conv_backward(incoming, y, kernel, True)
+        del y
+        assert grad_y is not None
+        grad = _channels_last(grad_y, x.dtype)
+        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+        torch.ops.cxrfast_block.relu_backward_sums(_nhwc(x), _nhwc(grad), affine.scale, affine.shift, sums)
+        coef, grad_weight, grad_bias = affine.backward(sums)
+        torch.ops.cxrfast_block.relu_backward(_nhwc(x), _nhwc(grad), affine.scale, affine.shift, coef)
+        return grad, grad_weight, grad_bias, grad_kernel, None
+
+
+class _NormPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, noise: Tensor | None, threshold: int, norm: nn.BatchNorm2d
+    ) -> Tensor:
+        ctx.affine = _Affine(x, norm)
+        ctx.keep_scale = 1.0 if noise is None else 256 / (256 - threshold)
+        N, C, H, W = x.shape
+        shape = (N, C, H // 2, W // 2)
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        place = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        torch.ops.cxrfast_block.pool(
+            _nhwc(x), ctx.affine.scale, ctx.affine.shift, None if noise is None else _nhwc(noise), threshold,
+            ctx.keep_scale, _nhwc(out), _nhwc(place),
+        )  # fmt: skip
+        ctx.save_for_backward(x, place)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, place = ctx.saved_tensors
+        grad = _nhwc(_channels_last(grads[0], x.dtype))
+        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+        torch.ops.cxrfast_block.pool_backward_sums(_nhwc(x), grad, _nhwc(place), ctx.keep_scale, sums)
+        coef, grad_weight, grad_bias = ctx.affine.backward(sums)
+        out = torch.empty_like(x)
+        torch.ops.cxrfast_block.pool_backward(_nhwc(x), grad, _nhwc(place), ctx.keep_scale, coef, _nhwc(out))
+        return out, grad_weight, grad_bias, None, None, None

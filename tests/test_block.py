@@ -1,0 +1,159 @@
+"""The compiled passes against torch's layers: values, gradients, statistics, odd sides, tails of the channel loops."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cxrfast import block
+
+pytestmark = pytest.mark.skipif(bool(block.MISSING), reason=block.MISSING or "built")
+
+SHAPES = [(1, 1, 2, 2), (2, 3, 2, 5), (3, 32, 7, 4), (2, 33, 5, 5), (1, 65, 9, 2), (5, 128, 3, 3), (2, 32, 70, 33)]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the largest value; sums of up to 4620 terms
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def make_norm(channels: int) -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(channels))  # negative too: then the pool's largest is the map's smallest
+        layer.bias.copy_(torch.randn(channels))
+        layer.running_mean.copy_(torch.randn(channels))
+        layer.running_var.copy_(torch.rand(channels) + 0.5)
+    return layer
+
+
+def assert_close(found, expected, dtype):
+    scale = max(1e-6, expected.abs().max().item())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def compare(fused, plain, x, layers, training):
+    """Output, gradients and statistics of ``fused`` in x's type against ``plain`` in float64 from the same numbers."""
+    truth = [copy.deepcopy(layer).double().train(training) for layer in layers]
+    layers = [layer.train(training) for layer in layers]
+    x64 = x.double().requires_grad_()
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out, expected = fused(x, *layers), plain(x64, *truth)
+    assert out.dtype == x.dtype and out.shape == expected.shape
+    assert_close(out, expected, x.dtype)
+    incoming = torch.randn(expected.shape).to(x.dtype)
+    out.backward(incoming)
+    expected.backward(incoming.double())
+    assert_close(x.grad, x64.grad, x.dtype)
+    for layer, true in zip(layers, truth, strict=True):
+        for (name, p), (_, q) in zip(layer.named_parameters(), true.named_parameters(), strict=True):
+            assert p.grad is not None, name
+            assert_close(p.grad, q.grad, x.dtype)
+        for p, q in zip(layer.buffers(), true.buffers(), strict=True):
+            torch.testing.assert_close(p.double(), q.double(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("out", [5, 6, 64])
+def test_norm_relu_conv(shape, training, out):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(shape[1], out, 3, padding=1, bias=False)
+    compare(
+        block.norm_relu_conv,
+        lambda x, n, c: c(F.relu(n(x))),
+        channels_last(*shape),
+        [make_norm(shape[1]), conv],
+        training,
+    )
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 16, 1, 9), (1, 48, 9, 1), (40, 16, 3, 2), (1, 256, 70, 40)])
+@pytest.mark.parametrize("out", [1, 2, 8, 12])
+def test_conv(shape, out):
+    """Rows in one part and in many, tiles of six, four and two, groups of rows within and across images."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(shape[1], out, 3, padding=1, bias=False)
+    compare(block.conv, lambda x, c: c(x), channels_last(*shape), [layer], True)
+
+
+def test_conv_of_images_makes_a_channels_last_map():
+    out = block.conv(torch.randn(2, 1, 16, 16), nn.Conv2d(1, 32, 3, padding=1, bias=False))
+    assert out.is_contiguous(memory_format=torch.channels_last) and block.usable(out)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [True, False])
+def test_norm_pool(shape, training, dtype, dropout):
+    torch.manual_seed(0)
+    N, C, H, W = shape
+    noise = torch.randint(0, 256, (N, C, H // 2, W // 2)).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    # Numbers that the type holds exactly and that differ among neighbours, so that the largest of four is beyond doubt.
+    count = N * C * H * W
+    if dtype == torch.float32:
+        values = (torch.randperm(count) - count / 2) / 8
+    else:
+        values = torch.stack([torch.randperm(256) for _ in range(-(-count // 256))]).flatten()[:count] / 64 - 2
+    x = values.view(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def plain(x, layer):
+        pooled = F.relu(F.max_pool2d(layer(x), 2))
+        return pooled * (noise >= 64) / 0.75 if dropout else pooled
+
+    compare(
+        lambda x, layer: block.norm_pool(x, layer, noise if dropout else None, 64), plain, x, [make_norm(C)], training
+    )
+
+
+def test_the_first_of_equals_has_the_gradient():
+    x = torch.ones(1, 1, 2, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer = nn.BatchNorm2d(1).eval()
+    block.norm_pool(x, layer, None, 0).sum().backward()
+    assert torch.equal(x.grad.ne(0), torch.tensor([[[[1, 0, 1, 0], [0, 0, 0, 0]]]]).bool())
+
+
+def test_bits_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    x, layer = channels_last(8, 32, 40, 40), make_norm(32)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        layer.zero_grad()
+        block.norm_pool(x.requires_grad_(), layer, None, 0).square().sum().backward()
+        results.append([layer.weight.grad.clone(), layer.bias.grad.clone()])
+        if block.HAS_WEIGHT_GRAD:
+            taps = torch.empty(3, 3, 32, 32)
+            maps = x.detach().permute(0, 2, 3, 1)
+            torch.ops.cxrfast_block.weight_grad(maps, maps, taps)
+            results[-1].append(taps)
+    torch.set_num_threads(threads)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_a_nan_is_not_swallowed():
+    x = channels_last(2, 3, 4, 4)
+    x[0, 1, 2, 3] = float("nan")
+    conv = nn.Conv2d(3, 2, 3, padding=1, bias=False)
+    assert block.norm_relu_conv(x, nn.BatchNorm2d(3), conv).isnan().any()
+    assert block.norm_pool(x, nn.BatchNorm2d(3), None, 0).isnan().any()
+
+
+def test_usable():
+    assert block.usable(channels_last(2, 4, 4, 4))
+    assert not block.usable(torch.randn(2, 4, 4, 4))
+    assert not block.usable(channels_last(2, 4, 4, 4, dtype=torch.float64))
+
+
+def test_wrong_shapes_are_refused():
+    x = torch.randn(2, 4, 4, 3)
+    with pytest.raises(RuntimeError, match="sums must be"):
+        torch.ops.cxrfast_block.sums(x, torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="out must be"):
+        torch.ops.cxrfast_block.relu(x, torch.ones(3), torch.ones(3), torch.zeros(2, 4, 3, 4))
