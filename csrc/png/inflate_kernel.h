@@ -320,23 +320,24 @@ struct Stream {
   // lowest first.
   void fill_literals() {
     alignas(64) uint64_t tables[2 << kIndexBits];  // known[m] at 2^m
+    uint8_t bits_of[kEndOfBlock];                  // only of literals with codes within the index
     int shortest = kIndexBits;
-    {
-      const uint16_t* symbol = literal_code.symbol;
-      for (int length = 1; length < shortest; ++length) {
-        for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
-          if (*symbol < kEndOfBlock && length < shortest) shortest = length;
-        }
+    const uint16_t* symbol = literal_code.symbol;
+    for (int length = 1; length <= kIndexBits; ++length) {
+      for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
+        if (*symbol >= kEndOfBlock) continue;
+        bits_of[*symbol] = static_cast<uint8_t>(length);
+        shortest = std::min(shortest, length);
       }
     }
-    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest);
-    fill_known(tables, kIndexBits, shortest);
+    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits_of);
+    fill_known(tables, kIndexBits, shortest, bits_of);
     const uint64_t* largest = tables + (1 << kIndexBits);
     uint64_t* table = literals + kSteer;
     for (uint32_t i = 0; i < 1u << kIndexBits; ++i) table[i] = largest[kReversedIndex[i]];
   }
 
-  void fill_known(uint64_t* tables, int m, int shortest) const {
+  void fill_known(uint64_t* tables, int m, int shortest, const uint8_t* bits_of) const {
     uint64_t* to = tables + (size_t{1} << m);
     uint64_t* const to_end = to + (size_t{1} << m);
     const uint16_t* symbol = literal_code.symbol;
@@ -350,10 +351,7 @@ struct Stream {
           const uint64_t front =
               *symbol + (uint64_t{1} << kLiteralCountShift) + (static_cast<uint64_t>(length) << kBitsShift);
           if (too_many) {
-            for (size_t k = 0; k < run; ++k) {
-              const bool full = (from[k] >> kLiteralCountShift & 255) == kMaxLiterals;
-              to[k] = (full ? kLook : prefixed(from[k])) + front;
-            }
+            for (size_t k = 0; k < run; ++k) to[k] = prefixed(without_fourth(from[k], bits_of)) + front;
           } else {
             for (size_t k = 0; k < run; ++k) to[k] = prefixed(from[k]) + front;
           }
@@ -363,6 +361,13 @@ struct Stream {
       }
     }
     std::fill(to, to_end, kLook);
+  }
+
+  // The entry, or its first two literals if it has three: with one more in front there is room for no other.
+  static uint64_t without_fourth(uint64_t entry, const uint8_t* bits_of) {
+    if ((entry >> kLiteralCountShift & 255) < kMaxLiterals) return entry;
+    if ((entry >> kLengthShift & 255) != 0) return kLook;  // how many bits its length had is not known any more
+    return entry - (uint64_t{1} << kLiteralCountShift) - (uint64_t{bits_of[entry >> 16 & 255]} << kBitsShift);
   }
 
   // Makes room for one literal in front.
