@@ -4,8 +4,10 @@
 // bce_auc_cpu.cpp) it compares both implementations bit for bit, for ThreadSanitizer; exit code 1 where they differ.
 #include <vector>
 
-#include "../csrc/loss/bce_auc_kernel.cuh"
+// clang-format off: the kernel is written in the built-ins that the first one defines
 #include "cuda_host.h"
+#include "../csrc/loss/bce_auc_kernel.cuh"
+// clang-format on
 
 using namespace cxrfast;
 

@@ -23,37 +23,33 @@ SOURCE = Path(__file__).parents[1] / "csrc" / "loss" / "bce_auc_cuda.cu"
 STABLE_ABI = "0x020a000000000000"
 
 
-def ptxas_report(nvcc: str, arch: str) -> str:
-    """Compile for ``arch`` and return what nvcc wrote; raises CalledProcessError where it fails."""
+def ptxas_report(nvcc: str, archs: Sequence[str]) -> str:
+    """Compile for all of ``archs`` and return what nvcc wrote; SystemExit with its errors where it fails."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
     with tempfile.TemporaryDirectory() as folder:
+        headers = str(Path(torch.origin).parent / "include")
         command = [
-            *(nvcc, "-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v", f"-arch={arch}"),
-            *(
-                "-DUSE_CUDA",
-                f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-                "-isystem",
-                str(Path(torch.origin).parent / "include"),
-            ),
+            *(nvcc, "-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v", "-DUSE_CUDA"),
+            *(f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in archs),
+            *(f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", headers),
             *("-c", str(SOURCE), "-o", str(Path(folder, "loss.o"))),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"nvcc fails for {arch}:\n{done.stderr}")
+        raise SystemExit(f"nvcc fails:\n{done.stderr}")
     return done.stderr + done.stdout
 
 
 def kernels(report: str) -> list[dict[str, object]]:
-    """One row per kernel of a ptxas report: name, registers, bytes of stack, spill stores and spill loads."""
+    """One row per kernel of a ptxas report: architecture, name, registers, bytes of stack and of spills."""
     pattern = (
-        r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes "
+        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes "
         r"spill stores, (?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
     )
     rows: list[dict[str, object]] = []
     for match in re.finditer(pattern, report, re.DOTALL):
-        row: dict[str, object] = {key: int(value) for key, value in match.groupdict().items() if key != "name"}
-        rows.append({"kernel": match["name"], **row})
+        rows.append({key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()})
     return rows
 
 
@@ -64,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("check_cuda: there is no nvcc", file=sys.stderr)
         return 2
     archs = list(sys.argv[1:] if argv is None else argv) or ["sm_75", "sm_80", "sm_90"]
-    rows = [{"arch": arch, **row} for arch in archs for row in kernels(ptxas_report(nvcc, arch))]
+    rows = kernels(ptxas_report(nvcc, archs))
     for row in rows:
         print("  ".join(str(value) for value in row.values()))
     spilling = sum(bool(row["spill_stores"] or row["spill_loads"]) for row in rows)
