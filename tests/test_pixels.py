@@ -348,7 +348,7 @@ def test_films_in_any_grouping(driver: Driver, seed: int, sides: list[tuple[int,
 
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     return compile_driver(tmp_path_factory.mktemp("sanitized"), flags, emulated=False)
 
 
