@@ -161,7 +161,7 @@ class DaliDecoder:
                     self.close()
                     failed.append(row)
                     error = failure
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _reason(error)
         if len(failed) == sum(len(run.rows) for run in lost) > 1:
             raise ResourceError(f"DALI fails on every film ({reason}); use --backend native, or repeat the command")
         self._decode_natively(failed, films, size, decoded)
@@ -288,6 +288,12 @@ def _read(film: Film) -> bytes:
     return film
 
 
+def _reason(error: RuntimeError) -> str:
+    """The sentence of DALI's error that says what happened, out of the tracebacks around it."""
+    lines = [line for line in str(error).rpartition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def _arrays(films: Sequence[bytes]) -> list[np.ndarray]:
     return [np.frombuffer(film, np.uint8) for film in films]
 
@@ -328,65 +334,68 @@ def _inputs(source: Any, count: int) -> Any:
 def _resize(grey: Any, size: int, gpu: bool) -> Any:
     """DALI's resize with Pillow's border.
 
-    Where the filter reaches over an edge, DALI repeats the edge's pixel and Pillow leaves the missing pixels out and
+    Where the filter reaches over an edge, DALI repeats the edge's pixel; Pillow leaves the missing pixels out and
     renormalises. The filter is one output pixel wide to each side of its centre, so that happens in the outermost rows
-    and columns of the output only: these are resized once more, from strips that are continued with zeros, and divided
-    by what the same strips of ones give.
+    and columns of the output only: these are resized once more, from strips that go on with zeros behind the edge, and
+    divided by the share of the filter that lies inside.
 
     Args:
         grey: uint8 (H, W, 1), on the GPU if ``gpu``.
     Returns:
         uint8 (size, size, 1), within one level of Pillow.
     """
-    interior = fn.resize(grey, size=(size, size), interp_type=types.INTERP_TRIANGULAR, antialias=True)
-    shape = grey.shape(dtype=types.INT32)
-    ones = fn.ones(shape=shape, dtype=types.UINT8)
-    if gpu:
-        ones = ones.gpu()
-    sides = shape[0:2]
+    sides = grey.shape(dtype=types.INT32)[0:2]
     step = fn.cast(sides, dtype=types.FLOAT) / float(size)  # source pixels of one output pixel
-    reach = math.ceil(math.max(step, 1.0))  # the filter's half-width, rounded up
-    margin = fn.cast(reach, dtype=types.INT32) + 1  # zeros on each side
-    depth = 2 * margin  # source pixels that the outermost output pixel sees, and a few more
+    half_width = math.max(step, 1.0)  # of the filter, in source pixels
+    margin = fn.cast(math.ceil(half_width), dtype=types.INT32) + 1  # zeros behind an edge
+    depth = fn.cast(math.ceil(1.5 * half_width), dtype=types.INT32) + 1  # source pixels that an outermost pixel sees
 
     def edge(axis: int, far: bool) -> Any:
-        """The first or last row (axis 0) or column (axis 1)."""
-        across = np.array([1, 0] if axis == 0 else [0, 1], np.int32)
-        along = 1 - across
-        # the strip, in pixels of the film; it begins `margin` outside of it, or ends there
-        begin = (sides - depth) * across - margin * along if far else 0 - margin
+        """The first or last row (axis 0) or column (axis 1), not yet divided; float."""
+        across, along = _unit(axis), 1 - _unit(axis)
+        if far:  # the strip begins `depth` before the edge and ends `margin` behind it
+            begin = (sides - depth) * across - margin * along
+            roi_end = depth * across + (sides + margin) * along
+            roi_begin = roi_end - step * across - sides * along
+        else:
+            begin = 0 - margin
+            roi_begin = margin
+            roi_end = margin + step * across + sides * along
         extent = (depth + margin) * across + (sides + 2 * margin) * along
-        # the part of the strip that the output pixels stand for, in pixels of the strip
-        inside = fn.cast(
-            depth * across + (sides + margin) * along if far else margin + sides * along, dtype=types.FLOAT
-        )
-        across_step = step * across.astype(np.float32)
-        along_sides = fn.cast(sides * along, dtype=types.FLOAT)
-        roi_begin, roi_end = (
-            (inside - across_step - along_sides, inside)
-            if far
-            else (
-                fn.cast(margin, dtype=types.FLOAT),
-                inside + across_step,
-            )
-        )
-        target = (1, size) if axis == 0 else (size, 1)
+        return _resize_part(grey, begin, extent, roi_begin, roi_end, (1, size) if axis == 0 else (size, 1))
 
-        def resized(image: Any) -> Any:
-            strip = fn.slice(image, start=begin, shape=extent, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
-            return fn.resize(
-                strip,
-                size=target,
-                roi_start=roi_begin,
-                roi_end=roi_end,
-                interp_type=types.INTERP_TRIANGULAR,
-                antialias=True,
-                dtype=types.FLOAT,
-            )
-
-        return fn.cast(resized(grey) / resized(ones), dtype=types.UINT8)
+    def share(axis: int) -> Any:
+        """The share of each output row's (axis 0) or column's filter that lies inside; float (S, 1, 1) or (1, S, 1)."""
+        across, along = _unit(axis), 1 - _unit(axis)
+        ones = fn.ones(shape=fn.cat(sides * across + along, np.array([1], np.int32)), dtype=types.UINT8)
+        begin, extent = 0 - margin * across, (sides + 2 * margin) * across + along
+        roi_begin, roi_end = margin * across, (margin + sides) * across + along
+        return _resize_part(ones, begin, extent, roi_begin, roi_end, (size, 1) if axis == 0 else (1, size))
 
     inner = slice(1, size - 1)
-    left, right = edge(1, False)[inner], edge(1, True)[inner]
-    middle = fn.cat(left, interior[inner, inner], right, axis=1)
-    return fn.cat(edge(0, False), middle, edge(0, True), axis=0)
+    rows, columns = share(0), share(1)
+    of_rows, of_columns = rows[0:1] * columns, (rows * columns[:, 0:1])[inner]  # by symmetry of the last ones too
+    if gpu:
+        of_rows, of_columns = of_rows.gpu(), of_columns.gpu()
+    left, right = (fn.cast(edge(1, far)[inner] / of_columns, dtype=types.UINT8) for far in (False, True))
+    top, bottom = (fn.cast(edge(0, far) / of_rows, dtype=types.UINT8) for far in (False, True))
+    interior = fn.resize(grey, size=(size, size), interp_type=types.INTERP_TRIANGULAR, antialias=True)
+    return fn.cat(top, fn.cat(left, interior[inner, inner], right, axis=1), bottom, axis=0)
+
+
+def _resize_part(image: Any, begin: Any, extent: Any, roi_begin: Any, roi_end: Any, target: tuple[int, int]) -> Any:
+    """Resize the region of interest of image[begin : begin + extent], which goes on with zeros outside the image."""
+    part = fn.slice(image, start=begin, shape=extent, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    return fn.resize(
+        part,
+        size=target,
+        roi_start=fn.cast(roi_begin, dtype=types.FLOAT),
+        roi_end=fn.cast(roi_end, dtype=types.FLOAT),
+        interp_type=types.INTERP_TRIANGULAR,
+        antialias=True,
+        dtype=types.FLOAT,
+    )
+
+
+def _unit(axis: int) -> np.ndarray:
+    return np.array([1, 0] if axis == 0 else [0, 1], np.int32)
