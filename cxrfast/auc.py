@@ -137,7 +137,7 @@ class AucCounts:
             InputError: shapes that differ from each other or from C classes, or logits that are not floating.
         """
         check_batch(logits, targets, self)
-        if loss_op.compiled_for(logits.device.type) and logits.dtype in loss_op.DTYPES:
+        if loss_op.compiled_for(logits):
             loss_op.auc_count(logits, targets, self.counts)
         else:
             add_counts(logits, targets, self.counts)
@@ -163,7 +163,7 @@ class AucCounts:
             InputError: a class has NaN scores; the message names it.
         """
         self._refuse_nan()
-        if self.counts.device.type == "cpu" and loss_op.compiled_for("cpu"):
+        if self.counts.is_cpu and "cpu" not in loss_op.MISSING:
             table = torch.ops.cxrfast.auc_pairs(self.counts)
         else:
             table = count_pairs(self.counts).cpu()

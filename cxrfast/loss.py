@@ -84,17 +84,18 @@ class WeightedBCEWithAUC(nn.Module):
         Raises:
             InputError: shapes that disagree, or logits that are not floating.
         """
-        if loss_op.compiled_for(logits.device.type) and logits.dtype in loss_op.DTYPES:
+        pos_weight, class_weight = self._buffers["pos_weight"], self._buffers["class_weight"]  # past Module.__getattr__
+        if loss_op.compiled_for(logits):
             tensor = None if counts is None else counts.counts
             try:
-                return loss_op.weighted_bce_auc(logits, targets, self.pos_weight, self.class_weight, tensor)
+                return loss_op.weighted_bce_auc(logits, targets, pos_weight, class_weight, tensor)
             except RuntimeError:
                 self._check(logits, targets, counts)  # says it in a sentence, if it was the arguments
                 raise
         self._check(logits, targets, counts)
         if counts is not None:
             add_counts(logits, targets, counts.counts)
-        return weighted_bce(logits, targets, self.pos_weight, self.class_weight)
+        return weighted_bce(logits, targets, pos_weight, class_weight)
 
     def _check(self, logits: Tensor, targets: Tensor, counts: AucCounts | None) -> None:
         check_batch(logits, targets, counts)

@@ -44,8 +44,9 @@ def ptxas_report(nvcc: str, archs: Sequence[str]) -> str:
 def kernels(report: str) -> list[dict[str, object]]:
     """One row per kernel of a ptxas report: architecture, name, registers, bytes of stack and of spills."""
     pattern = (
-        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes "
-        r"spill stores, (?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
+        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+        r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers"
     )
     rows: list[dict[str, object]] = []
     for match in re.finditer(pattern, report, re.DOTALL):
