@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import cxrfast
-from cxrfast import loss_op
+from cxrfast import block, loss_op
 from cxrfast.decode import backends
 
 _PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "Pillow", "nvidia-dali-cuda120")
@@ -77,6 +77,10 @@ def _training() -> dict[str, Any]:
     plain = {device: f"{why}; plain torch is in use" for device, why in loss_op.MISSING.items()}
     return {
         "training on a GPU": _part("CUDA through torch", reason),
+        "network on the CPU": _part(
+            "batch norm, ReLU, pool and dropout in one pass; weight gradients for AVX2",
+            block.MISSING and f"{block.MISSING}; plain torch is in use",
+        ),
         "loss on the CPU": _part("weighted BCE, gradient and AUC counts in one pass", plain.get("cpu", "")),
         "loss on a GPU": _part("the same as one CUDA kernel", plain.get("cuda", "")),
     }
