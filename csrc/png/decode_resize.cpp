@@ -34,7 +34,7 @@ uint64_t memory_of(size_t file_nbytes, const Chunks& chunks, uint32_t size) {
   const Header& header = chunks.header;
   uint64_t nbytes = file_nbytes + chunks.idat_nbytes + header.filtered_nbytes() + 3 * kPad;
   if (!is_grey8(header)) nbytes += pixels_of(header) + header.height;
-  if (size > 0) nbytes += uint64_t{size} * header.height + uint64_t{16} * (header.width + header.height + size);
+  if (size > 0) nbytes += resample_nbytes(header.width, header.height, size);
   return nbytes;
 }
 

@@ -15,6 +15,7 @@ namespace cxrfast::png {
 // Stored whole, they reach up to kWindowLead columns before the row and kWindowTail behind it. Row strides hold that
 // much more, and neither part is ever read as a pixel.
 constexpr size_t kMaxGroupRows = 128;
+constexpr size_t kMaxLinesAtOnce = 64;
 constexpr size_t kMaxDelay = kMaxGroupRows - 1 + (kMaxGroupRows - 1) / 16;
 static_assert(kMaxDelay <= 255);
 constexpr size_t kTransposeColumns = 16;

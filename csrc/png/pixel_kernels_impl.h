@@ -169,6 +169,7 @@ template <typename V>
 struct Lines {
   using U8 = typename V::U8;
   using I32 = typename V::I32;
+  static_assert(V::kBytes <= kMaxLinesAtOnce);
   static constexpr size_t kLines = V::kBytes;           // in one go, as four vectors of 32-bit sums
   static constexpr size_t kPairNbytes = 4 * V::kBytes;  // one pair of columns of all those lines, 16 bits a pixel
   static constexpr size_t kChunkPairs = kTilePairs;

@@ -19,6 +19,9 @@ inline double rounded(double product) {
   return kept;
 }
 
+// An output pixel's reach is at most 2 scale + 2 pixels wide and may begin and end in the middle of a pair.
+constexpr uint64_t most_pairs(uint64_t in, uint64_t out) { return in + 3 * out; }
+
 }  // namespace
 
 Axis::Axis(uint32_t in_, uint32_t out_) : in(in_), out(out_) {
@@ -27,6 +30,7 @@ Axis::Axis(uint32_t in_, uint32_t out_) : in(in_), out(out_) {
   const double reach = std::max(scale, 1.0);  // half the width of the triangle, source pixels
   const double shrink = 1.0 / reach;
   spans.reserve(out);
+  weights.reserve(most_pairs(in, out));
   std::vector<double> exact;
   for (uint32_t o = 0; o < out; ++o) {
     const double center = rounded((o + 0.5) * scale);
@@ -62,11 +66,12 @@ constexpr Status kNoMemory = {Code::kTooLarge, reason::kOutOfMemory, -1};
 
 constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr size_t kCachedTile = size_t{1} << 14;
+
 // Room for the longest span; apart from that, as much as the first-level cache holds beside the rest.
 size_t tile_nbytes(const PixelKernels& kernels, const Axis& axis) {
   const size_t pair_nbytes = 4 * kernels.lines_at_once;
-  constexpr size_t kCached = size_t{1} << 14;
-  return pair_nbytes * std::max(kCached / pair_nbytes, round_up(axis.longest_span + kTilePairs - 1, kTilePairs));
+  return pair_nbytes * std::max(kCachedTile / pair_nbytes, round_up(axis.longest_span + kTilePairs - 1, kTilePairs));
 }
 
 size_t window_stride(size_t width) { return round_up(kWindowLead + width + kWindowTail, 128) + 64; }
@@ -154,6 +159,14 @@ Status unfilter_resample(const PixelJob& job, const PixelKernels& kernels, Scrat
 }
 
 }  // namespace
+
+uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size) {
+  const uint64_t longest = most_pairs(std::max(width, height), size) / size + 2 * kTilePairs;
+  const uint64_t axes = (most_pairs(width, size) + most_pairs(height, size)) * sizeof(WeightPair) +
+                        2 * uint64_t{size} * sizeof(OutputSpan);
+  return axes + kMaxGroupRows * window_stride(width) + size * halved_stride(height) + kCachedTile +
+         4 * kMaxLinesAtOnce * longest + (kAboveLead + width + kAboveTail) + 4 * uint64_t{width};
+}
 
 Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
                 Isa isa) {

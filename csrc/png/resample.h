@@ -52,6 +52,9 @@ struct Scratch {
   Buffer above;   // the row above the window
 };
 
+// Bytes of a Resampler and of the Scratch that a film of these sides leaves behind, at most, at any level.
+uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size);
+
 // grey: in_h rows of in_w pixels, stride_bytes apart. out: size * size, row by row.
 // Fails only for want of memory (kTooLarge); out is then unspecified.
 Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
