@@ -153,7 +153,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             for running, new in zip((self.running_mean, self.running_var), stats, strict=True):
                 assert running is not None and self.momentum is not None
-                running.lerp_(new, self.momentum)
+                running.lerp_(new.to(running.dtype), self.momentum)
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
         return out

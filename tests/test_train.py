@@ -424,14 +424,14 @@ class TestTwoProcesses:
     def test_a_process_that_dies_ends_the_job_and_resume_goes_on(self, store, pair, tmp_path):
         run = tmp_path / "run"
         process = run_command(store, run, "--epochs", "2", "--devices", "2", "--checkpoint-steps", "1")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run / "checkpoint" / LATEST).is_file():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(ranks) == 2
         os.kill(int(ranks[1]), signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 3
         assert "process 1 of 2 was killed by SIGKILL; go on with --resume" in err
         process = run_command(store, run, "--epochs", "2", "--devices", "2", "--resume")
@@ -441,12 +441,12 @@ class TestTwoProcesses:
     def test_sigterm_stops_both(self, store, pair, tmp_path):
         run = tmp_path / "run"
         process = run_command(store, run, "--epochs", "2", "--devices", "2", "--checkpoint-steps", "1")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run / "checkpoint" / LATEST).is_file():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert json.loads(out.splitlines()[-1])["state"] == "stopped"
         process = run_command(store, run, "--devices", "2", "--resume")
@@ -455,7 +455,7 @@ class TestTwoProcesses:
 
     def test_wrong_input_is_said_once(self, store, tmp_path):
         process = run_command(store, tmp_path / "run", "--devices", "2", "--split", "mine")
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 2
         assert err.count("no split is called") == 1
 
