@@ -41,10 +41,14 @@ class OptionalBuild(build_ext):
         return os.path.join(*package, PLAIN[name]) if name in PLAIN else super().get_ext_filename(fullname)
 
     def run(self) -> None:
+        note = Path(self.build_lib, "cxrfast", "_dali_build.json")
+        if not note.is_file() or json.loads(note.read_text())["dali"] != dali_build["dali"]:
+            note.with_name(PLAIN["_dali_operator"]).unlink(missing_ok=True)  # its sources do not change with DALI
         super().run()
         # what cxrfast-doctor says of the operator, and the DALI that it fits
-        folder = Path("cxrfast") if self.inplace else Path(self.build_lib, "cxrfast")
-        (folder / "_dali_build.json").write_text(json.dumps(dali_build))
+        for folder in (note.parent, Path("cxrfast")) if self.inplace else (note.parent,):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / note.name).write_text(json.dumps(dali_build))
 
     def build_extension(self, ext: Extension) -> None:
         try:
