@@ -28,7 +28,7 @@ from cxrfast.decode.backends import BACKENDS, available_cores, choose_decoder, m
 
 SIZE = 224
 THREADS = available_cores()
-PASSES = 11  # of each of the two that are compared in turns
+PASSES = 7  # of each of the two that are compared in turns
 
 Prepare = Callable[[list[Path]], np.ndarray]  # films → uint8 (N, SIZE, SIZE)
 
@@ -137,7 +137,7 @@ def test_films_to_prepared_images(benchmark: Any, films: list[Path], expected: n
         greatest = int(np.abs(prepare(films).astype(int) - expected).max())
         assert greatest <= allowed
         benchmark.group = f"{len(films)} films, {THREADS} threads"
-        benchmark.pedantic(prepare, (films,), rounds=5)
+        benchmark.pedantic(prepare, (films,), rounds=3)
     benchmark.extra_info |= {
         "images_per_second": round(len(films) / benchmark.stats.stats.median, 1),
         "threads": THREADS,
