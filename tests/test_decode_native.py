@@ -478,10 +478,10 @@ def test_bombs_are_refused_at_once(name: str) -> None:
 
 
 def test_limits_can_be_set() -> None:
-    film = random_png(np.random.default_rng(2), 100, 100)
-    with native.NativeDecoder(1, max_pixels=9_999) as decoder:
+    film = random_png(np.random.default_rng(2), 400, 400)
+    with native.NativeDecoder(1, max_pixels=159_999) as decoder:
         assert str(decoder.decode_resize([film], 16).statuses[0]) == "too_large: more than the pixel limit at byte 8"
-    with native.NativeDecoder(1, max_memory_nbytes=15_000) as decoder:
+    with native.NativeDecoder(1, max_memory_nbytes=470_000) as decoder:
         assert str(decoder.decode_resize([film], 16).statuses[0]) == "too_large: more than the memory limit"
     with native.NativeDecoder(1, max_memory_nbytes=180_000) as decoder:  # enough for one at a time
         decoded = decoder.decode_resize([film] * 3, 16)
