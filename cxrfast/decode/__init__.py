@@ -19,7 +19,10 @@ import numpy as np
 Film = bytes | str | Path
 
 PIXEL_RULE = "pillow-bilinear"
-"""Pillow's ``convert("L")`` (16-bit samples: the high byte), then ``resize((S, S), BILINEAR)``, bit for bit."""
+"""``convert("L")`` (16-bit samples: the high byte), then ``resize((S, S), BILINEAR)`` of Pillow 13, bit for bit.
+
+The horizontal pass comes first, but for films whose height shrinks more than twice as far as their width.
+"""
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 """The sizes S that a film can be prepared at, in pixels."""

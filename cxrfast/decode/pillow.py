@@ -83,7 +83,15 @@ def decode_one(film: Film, size: int) -> tuple[Status, np.ndarray | None]:
     status, grey = decode(film)
     if grey is None:
         return status, None
-    return status, np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
+    height, width = grey.shape
+    # Which pass comes first shows in the last bit. Pillow 13 takes the vertical one where the height shrinks more than
+    # twice as far as the width, earlier ones never do: one axis at a time, so that every Pillow gives the same pixels.
+    vertical_first = height > size and height - size > 2 * (width - size)
+    between = (width, size) if vertical_first else (size, height)
+    image = Image.fromarray(grey)
+    for shape in (between, (size, size)):
+        image = image.resize(shape, Image.Resampling.BILINEAR)
+    return status, np.asarray(image)
 
 
 class PillowDecoder:
