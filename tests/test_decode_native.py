@@ -483,7 +483,7 @@ def test_limits_can_be_set() -> None:
         assert str(decoder.decode_resize([film], 16).statuses[0]) == "too_large: more than the pixel limit at byte 8"
     with native.NativeDecoder(1, max_memory_nbytes=470_000) as decoder:
         assert str(decoder.decode_resize([film], 16).statuses[0]) == "too_large: more than the memory limit"
-    with native.NativeDecoder(1, max_memory_nbytes=180_000) as decoder:  # enough for one at a time
+    with native.NativeDecoder(1, max_memory_nbytes=900_000) as decoder:  # enough for one at a time
         decoded = decoder.decode_resize([film] * 3, 16)
         assert all(status.ok for status in decoded.statuses)
         assert np.array_equal(decoded.images, cxrfast.decode_resize([film] * 3, 16).images)
