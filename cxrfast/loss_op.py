@@ -58,6 +58,8 @@ def weighted_bce_auc(
         class_weight = class_weight.to(torch.float32)
     if torch.compiler.is_compiling():
         return torch.ops.cxrfast.weighted_bce_auc(logits, targets, pos_weight, class_weight, counts)[0]
+    if torch._C._are_functorch_transforms_active():
+        return LossFunction.apply(logits, targets, pos_weight, class_weight, counts)
     return _apply(logits, targets, pos_weight, class_weight, counts)
 
 
@@ -111,7 +113,8 @@ if "cpu" not in MISSING:
         def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
             return _backward(grad_loss, *ctx.kept), None, None, None, None
 
-    _apply = LossFunction.apply
+    # Function.apply unwraps functorch's tensors first, which costs as much as the arithmetic of a small batch.
+    _apply = super(torch.autograd.Function, LossFunction).apply
 
     def _autograd(
         logits: Tensor,

@@ -20,12 +20,13 @@ constexpr int64_t kThreadedEntries = 32768;
 
 // The lanes end as sum[0]; a binary tree.
 CXRFAST_INLINE double add_lanes(double* sum) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
   return sum[0];
 }
 
 // ---- one tile ----
+// Indices are 64-bit: Python's build flags give int a defined overflow (-fwrapv), which would forbid vectors.
 
 // T's values of a tile as a row of R; the tile itself where it already is one.
 template <class R, class T>
@@ -35,10 +36,10 @@ CXRFAST_INLINE const R* tile_values(const T* base, const int64_t* stride, const 
   if constexpr (sizeof(T) == sizeof(R))
     if (dense) return reinterpret_cast<const R*>(first);
   if (dense) {
-    for (int i = 0; i < tile.rows * tile.width; ++i) buffer[i] = to_real(first[i]);
+    for (int64_t i = 0; i < int64_t(tile.rows) * tile.width; ++i) buffer[i] = to_real(first[i]);
   } else {
-    for (int row = 0; row < tile.rows; ++row)
-      for (int c = 0; c < tile.width; ++c)
+    for (int64_t row = 0; row < tile.rows; ++row)
+      for (int64_t c = 0; c < tile.width; ++c)
         buffer[row * tile.width + c] = to_real(first[row * stride[0] + c * stride[1]]);
   }
   return buffer;
@@ -53,31 +54,31 @@ CXRFAST_INLINE BceAucSums tile_body(const BceAucBatch& batch, const Tile& tile, 
   float y_buffer[kTile];
   const R* x = tile_values<R>(static_cast<const T*>(batch.logits), batch.logits_stride, tile, x_buffer);
   const float* y = tile_values<float>(batch.targets, batch.targets_stride, tile, y_buffer);
-  const int n = tile.rows * tile.width;
+  const int64_t n = int64_t(tile.rows) * tile.width;
   BceAucSums sums{0, 0};
 
   int known = 0;
-  for (int i = 0; i < n; ++i) known += (y[i] == 1.0f) | (y[i] == 0.0f);
+  for (int64_t i = 0; i < n; ++i) known += (y[i] == 1.0f) | (y[i] == 0.0f);
   sums.known = known;
   if (batch.counts)
-    for (int i = 0; i < n; ++i) places[i] = count_place(x[i], y[i]);
+    for (int64_t i = 0; i < n; ++i) places[i] = count_place(x[i], y[i]);
   if (!batch.grad) return sums;
 
   const bool whole_rows = tile.width == batch.C;
   R* grad_out = static_cast<R*>(batch.grad) + tile.row * batch.C + tile.column;
   R* grad = whole_rows ? grad_out : grad_buffer;
   double lanes[kLanes] = {};
-  for (int i = 0; i < n; i += kLanes) {
-    const int m = n - i < kLanes ? n - i : kLanes;
-    for (int j = 0; j < m; ++j) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    for (int64_t j = 0; j < m; ++j) {
       Entry<R> entry = bce_entry<R>(x[i + j], y[i + j], weights[i + j], weights[kTile + i + j]);
       grad[i + j] = entry.grad;
       loss[j] = entry.loss;
     }
-    for (int j = 0; j < m; ++j) lanes[j] += double(loss[j]);
+    for (int64_t j = 0; j < m; ++j) lanes[j] += double(loss[j]);
   }
   if (!whole_rows)
-    for (int row = 0; row < tile.rows; ++row)
+    for (int64_t row = 0; row < tile.rows; ++row)
       memcpy(grad_out + row * batch.C, grad + row * tile.width, sizeof(R) * size_t(tile.width));
   sums.loss = add_lanes(lanes);
   return sums;

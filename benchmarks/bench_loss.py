@@ -1,0 +1,217 @@
+"""What does a training step's loss with AUC cost, beside BCEWithLogitsLoss and torchmetrics, and beside what it must?
+
+Each question is one benchmark that times all its contenders in turn within one run (the machine's moods then hit all of
+them), after it has checked that they agree; the ratios are in `extra_info` and printed. One thread, medians of rounds.
+
+    pytest --benchmark-only benchmarks/bench_loss.py -s
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from cxrfast import AucCounts, WeightedBCEWithAUC, loss_op
+from cxrfast.auc import exact_auc
+
+C = 14
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(N: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    logits = (torch.randn((N, C), generator=generator) * 2).requires_grad_()
+    targets = (torch.rand((N, C), generator=generator) < 0.1).float()
+    return logits, targets, torch.linspace(1, 50, C)
+
+
+def step_of(module: Callable[..., Tensor], logits: Tensor, *arguments: Any) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        logits.grad = None
+        loss = module(logits, *arguments)
+        loss.backward()
+        return loss
+
+    return step
+
+
+def side_by_side(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median microseconds of each, measured in turn; quick ones are repeated to 2 ms a round."""
+    repeats = {}
+    for name, run in contenders.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, min(40, int(2e-3 / (time.perf_counter() - start))))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def record(benchmark: Any, times: dict[str, float], **ratios: float) -> None:
+    benchmark.extra_info.update({f"{name} us": round(value, 1) for name, value in times.items()})
+    benchmark.extra_info.update({name: round(value, 2) for name, value in ratios.items()})
+    print(" ", benchmark.extra_info)
+
+
+EMPTY = """
+#include <torch/csrc/stable/library.h>
+#include <tuple>
+#include "bce_auc_op.h"
+using cxrfast::ScalarType;
+using cxrfast::Tensor;
+static std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor&, std::optional<Tensor>,
+                                                  std::optional<Tensor>, std::optional<Tensor>) {
+  const int64_t sizes[2] = {logits.size(0), logits.size(1)};
+  return {cxrfast::empty_tensor(logits, 0, sizes, ScalarType::Float),
+          cxrfast::empty_tensor(logits, 2, sizes, ScalarType::Float),
+          cxrfast::empty_tensor(logits, 0, sizes, ScalarType::Long)};
+}
+static Tensor backward(const Tensor&, const Tensor& grad, const Tensor&, ScalarType dtype) {
+  const int64_t sizes[2] = {grad.size(0), grad.size(1)};
+  return cxrfast::empty_tensor(grad, 2, sizes, dtype);
+}
+STABLE_TORCH_LIBRARY(cxrfast_empty, m) {
+  m.def("forward(Tensor logits, Tensor targets, Tensor? pos_weight=None, Tensor? class_weight=None, "
+        "Tensor(a!)? counts=None) -> (Tensor loss, Tensor grad, Tensor known)");
+  m.def("backward(Tensor grad_loss, Tensor grad, Tensor known, ScalarType dtype) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(cxrfast_empty, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def empty_operator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Operators with our signatures that allocate their results and compute nothing: Python's and autograd's floor."""
+    folder = tmp_path_factory.mktemp("empty")
+    (folder / "empty.cpp").write_text(EMPTY)
+    torch_folder = Path(torch.__file__).parent
+    csrc = Path(__file__).parents[1] / "csrc" / "loss"
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-isystem", str(torch_folder / "include"), f"-I{csrc}", "empty.cpp", "-o", "empty.so"]
+    subprocess.run([*command, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], cwd=folder, check=True)
+    torch.ops.load_library(str(folder / "empty.so"))
+    return torch.ops.cxrfast_empty.forward.default, torch.ops.cxrfast_empty.backward.default
+
+
+class Rivals:
+    """The two lines that the operator replaces, checked against it."""
+
+    def __init__(self, N: int, thresholds: int | None = None) -> None:
+        from torchmetrics.classification import MultilabelAUROC
+
+        self.logits, self.targets, pos_weight = batch(N)
+        bce = nn.BCEWithLogitsLoss(pos_weight=pos_weight)
+        self.auroc = MultilabelAUROC(num_labels=C, average=None, thresholds=thresholds)
+        labels = self.targets.int()
+        self.counts = AucCounts(C)
+        self.ours = step_of(WeightedBCEWithAUC(pos_weight), self.logits, self.targets, self.counts)
+        self.bce = step_of(bce, self.logits, self.targets)
+        self.update = lambda: self.auroc.update(self.logits.detach(), labels)
+        ours, ours_grad = self.ours(), self.logits.grad
+        theirs = self.bce()
+        assert ours_grad is not None and self.logits.grad is not None
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours_grad, self.logits.grad, rtol=1e-5, atol=1e-7)  # theirs cancels
+        assert exact_auc(self.logits, self.targets) == pytest.approx(self.counts.compute().auc.numpy(), abs=2e-3)
+
+
+@pytest.mark.parametrize("N", [32, 256, 4096])
+def test_step(benchmark: Any, N: int, empty_operator: tuple[Any, Any]) -> None:
+    """Loss, gradient and counts of one batch: BCEWithLogitsLoss and torchmetrics' exact update, and the floor."""
+    rivals = Rivals(N)
+
+    def floor() -> None:
+        loss_op._forward, loss_op._backward = empty_operator
+        try:
+            rivals.ours()
+        finally:
+            loss_op._forward, loss_op._backward = real
+
+    real = (loss_op._forward, loss_op._backward)
+    contenders = {"ours": rivals.ours, "floor": floor, "bce": rivals.bce, "torchmetrics": rivals.update}
+    times: dict[str, float] = {}
+
+    def run() -> None:
+        times.update(side_by_side(contenders, 60))
+        rivals.auroc.reset()
+
+    benchmark.pedantic(run, rounds=1, warmup_rounds=0)
+    together = times["bce"] + times["torchmetrics"]
+    record(benchmark, times, faster=together / times["ours"], over_floor=times["ours"] / times["floor"])
+
+
+@pytest.mark.parametrize("N", [32, 256, 4096])
+def test_step_against_200_thresholds(benchmark: Any, N: int) -> None:
+    """The same against torchmetrics' constant-memory mode."""
+    rivals = Rivals(N, thresholds=200)
+    contenders = {"ours": rivals.ours, "bce": rivals.bce, "torchmetrics": rivals.update}
+    times: dict[str, float] = {}
+    benchmark.pedantic(lambda: times.update(side_by_side(contenders, 20 if N < 1000 else 5)), rounds=1, warmup_rounds=0)
+    record(benchmark, times, faster=(times["bce"] + times["torchmetrics"]) / times["ours"])
+
+
+def test_epoch_end(benchmark: Any) -> None:
+    """The AUC of 22,433 x 14 scores at the end of an epoch against scikit-learn's."""
+    logits, targets, _ = batch(22_433)
+    counts = AucCounts(C)
+    counts.update(logits, targets)
+    scores, labels = logits.detach().numpy(), targets.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = roc_auc_score(labels, scores, average=None)
+    assert counts.compute().auc.numpy() == pytest.approx(expected, abs=1e-4)
+    contenders = {"ours": counts.compute, "scikit-learn": lambda: roc_auc_score(labels, scores, average=None)}
+    times: dict[str, float] = {}
+    benchmark.pedantic(lambda: times.update(side_by_side(contenders, 9)), rounds=1, warmup_rounds=0)
+    record(benchmark, times, faster=times["scikit-learn"] / times["ours"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_distance_to_the_limit(benchmark: Any, threads: int) -> None:
+    """1 M x 14: the operator's forward pass, with and without counts, against a plain read of the same bytes."""
+    torch.set_num_threads(threads)
+    logits, targets, pos_weight = batch(1_000_000)
+    logits = logits.detach()
+    counts = AucCounts(C)
+    operator = torch.ops.cxrfast.weighted_bce_auc
+    contenders = {
+        "loss, gradient, counts": lambda: operator(logits, targets, pos_weight, None, counts.counts),
+        "loss, gradient": lambda: operator(logits, targets, pos_weight, None, None),
+        "counts": lambda: counts.update(logits, targets),
+        "read": lambda: (logits.sum(), targets.sum()),
+    }
+    times: dict[str, float] = {}
+    benchmark.pedantic(lambda: times.update(side_by_side(contenders, 3)), rounds=1, warmup_rounds=0)
+    per_entry = {f"{name} ns/entry": value * 1e3 / logits.numel() for name, value in times.items()}
+    record(benchmark, times, **per_entry, over_read=times["loss, gradient, counts"] / times["read"])
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["--benchmark-only", "-s", "-q", __file__]))
