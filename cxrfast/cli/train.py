@@ -3,7 +3,7 @@
     cxrfast-train STORE RUN --model multimodal --amp
     cxrfast-train STORE RUN --resume
 
-A small recipe, for 480 training films of 64 pixels on two cores: ``--epochs 12 --batch-size 16 --lr 0.001 --head gap``.
+The defaults are the paper's recipe; tools/demo.sh has one for a few hundred small films on two cores.
 """
 
 from __future__ import annotations
