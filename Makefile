@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEMO := demo
+SECONDS := 60
+CXX_SOURCES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: demo test install install-test lint format bench fuzz clean
 
@@ -15,6 +17,7 @@ demo: install
 	tools/demo.sh $(BIN) $(DEMO)
 
 test: install-test lint
+	if command -v clang++ >/dev/null; then $(MAKE) fuzz SECONDS=20; else echo "no clang++: not fuzzed"; fi
 	$(BIN)/python -m pytest
 
 # ---- their parts ----
@@ -30,26 +33,31 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	touch $@
 
 # CI refuses what an installation puts up with: a part that does not compile, or compiles with a warning.
+test install-test lint format bench fuzz: export CXRFAST_WERROR = 1
 # DALI first, with CUDA's headers: its operator is compiled against it.
 $(VENV)/installed-test: $(VENV)/installed
 	tools/system_packages.sh
 	$(PIP) nvidia-dali-cuda120 nvidia-cuda-runtime-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-cccl-cu12
-	CXRFAST_REQUIRE_BUILD=1 CXRFAST_WERROR=1 $(PIP) --no-build-isolation --editable '.[test,lint,dali]'
+	CXRFAST_REQUIRE_BUILD=1 $(PIP) --no-build-isolation --editable '.[test,lint,dali]'
 	touch $@
 
 lint: install-test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tools/*.cpp' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: install-test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tools/*.cpp' 'tests/*.cpp')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: install-test
+	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+fuzz: install-test
+	PYTHON=$(BIN)/python tools/fuzz.sh $(SECONDS)
 
 clean:
 	rm -rf build $(DEMO) cxrfast/*.so cxrfast/_dali_build.json
