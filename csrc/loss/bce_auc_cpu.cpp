@@ -50,16 +50,13 @@ template <class T>
 CXRFAST_INLINE BceAucSums tile_body(const BceAucBatch& batch, const Tile& tile, const float* weights,
                                     uint32_t* places) {
   using R = Real<T>;
-  R x_buffer[kTile], grad_buffer[kTile], loss[kLanes];
+  R x_buffer[kTile], grad_buffer[kTile], decay[kLanes], loss[kLanes];
   float y_buffer[kTile];
   const R* x = tile_values<R>(static_cast<const T*>(batch.logits), batch.logits_stride, tile, x_buffer);
   const float* y = tile_values<float>(batch.targets, batch.targets_stride, tile, y_buffer);
   const int64_t n = int64_t(tile.rows) * tile.width;
   BceAucSums sums{0, 0};
 
-  int known = 0;
-  for (int64_t i = 0; i < n; ++i) known += (y[i] == 1.0f) | (y[i] == 0.0f);
-  sums.known = known;
   if (batch.counts)
     for (int64_t i = 0; i < n; ++i) places[i] = count_place(x[i], y[i]);
   if (!batch.grad) return sums;
@@ -68,18 +65,22 @@ CXRFAST_INLINE BceAucSums tile_body(const BceAucBatch& batch, const Tile& tile, 
   R* grad_out = static_cast<R*>(batch.grad) + tile.row * batch.C + tile.column;
   R* grad = whole_rows ? grad_out : grad_buffer;
   double lanes[kLanes] = {};
+  int known = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t m = n - i < kLanes ? n - i : kLanes;
+    for (int64_t j = 0; j < m; ++j) decay[j] = bce_decay<R>(x[i + j]);
     for (int64_t j = 0; j < m; ++j) {
-      Entry<R> entry = bce_entry<R>(x[i + j], y[i + j], weights[i + j], weights[kTile + i + j]);
+      Entry<R> entry = bce_entry<R>(x[i + j], decay[j], y[i + j], weights[i + j], weights[kTile + i + j]);
       grad[i + j] = entry.grad;
       loss[j] = entry.loss;
+      known += (y[i + j] == 1.0f) | (y[i + j] == 0.0f);
     }
     for (int64_t j = 0; j < m; ++j) lanes[j] += double(loss[j]);
   }
   if (!whole_rows)
     for (int64_t row = 0; row < tile.rows; ++row)
       memcpy(grad_out + row * batch.C, grad + row * tile.width, sizeof(R) * size_t(tile.width));
+  sums.known = known;
   sums.loss = add_lanes(lanes);
   return sums;
 }

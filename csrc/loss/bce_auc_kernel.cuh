@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) bce_auc_kernel(BceAucArgs args, Tili
       if (args.grad) {
         const float whole = args.class_weight ? args.class_weight[c * args.class_weight_stride] : 1.0f;
         const float positive = args.pos_weight ? args.pos_weight[c * args.pos_weight_stride] : 1.0f;
-        const Entry<Real<T>> entry = bce_entry<Real<T>>(x, y, whole * positive, whole);
+        const Entry<Real<T>> entry = bce_entry<Real<T>>(x, bce_decay(x), y, whole * positive, whole);
         static_cast<Real<T>*>(args.grad)[row * args.C + c] = entry.grad;
         loss += double(entry.loss);
         known += (y == 1.0f) | (y == 0.0f);

@@ -121,14 +121,19 @@ struct Entry {
 
 // class_weight * (pos_weight * y * softplus(-x) + (1 - y) * softplus(x)) and its derivative, for logit x and target y;
 // w_pos = class_weight * pos_weight, w_neg = class_weight. With a = -x for a positive and x for a negative, the loss is
-// w * softplus(a) and the derivative +-w * sigmoid(a), neither with a cancellation.
+// w * softplus(a) and the derivative +-w * sigmoid(a), neither with a cancellation. z = exp_minus(|x|) is handed in, so
+// that a loop can do it first: two short chains keep a CPU busier than a long one.
 template <class R>
-CXRFAST_INLINE Entry<R> bce_entry(R x, float y, float w_pos, float w_neg) {
+CXRFAST_INLINE R bce_decay(R x) {
+  return exp_minus(x < R(0) ? -x : x);
+}
+
+template <class R>
+CXRFAST_INLINE Entry<R> bce_entry(R x, R z, float y, float w_pos, float w_neg) {
   bool positive = y == 1.0f;
   bool known = positive | (y == 0.0f);
   R a = positive ? -x : x;
   R w = R(positive ? w_pos : w_neg);
-  R z = exp_minus(a < R(0) ? -a : a);
   R softplus = (a < R(0) ? R(0) : a) + log1p_unit(z);
   R sigmoid = (a < R(0) ? z : R(1)) / (R(1) + z);
   R slope = (positive ? -w : w) * sigmoid;
