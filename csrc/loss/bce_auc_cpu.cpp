@@ -15,7 +15,7 @@ namespace {
 // Tiles between their computation and their counting, which is also the distance of the threads' barriers: enough to
 // hide a barrier of about 5 us, few enough for their places (128 KiB) to stay in the cache and on any thread's stack.
 constexpr int kGroup = 32;
-// Below this many entries one thread is faster (docs/notes.md, "The loss").
+// Two threads gain from half of this on, while the machine is theirs alone (docs/notes.md, "The loss").
 constexpr int64_t kThreadedEntries = 32768;
 
 // The lanes end as sum[0]; a binary tree.
