@@ -26,7 +26,7 @@ install: $(VENV)/installed
 install-test: $(VENV)/installed-test
 
 # pip builds without isolation, so that torch is fetched once and the loss is compiled against that very torch.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel pybind11 ninja torch numpy
 	$(PIP) --no-build-isolation --editable .
