@@ -33,7 +33,7 @@ _SYNC_SECONDS = 0.5  # the most work that a power cut costs
 
 @dataclass(frozen=True)
 class PrepConfig:
-    """What a store is made from, and how. All of it but ``workers`` decides its content."""
+    """What a store is made from, and how. All of it but ``workers`` and ``strict`` decides its content."""
 
     src: tyro.conf.Positional[Path]
     """Folder with the films, in any of NIH's or Kaggle's layouts; searched recursively."""
@@ -202,8 +202,7 @@ def _fall_back(path: str, size: int, decoded: Decoded, row: int) -> Status:
     status, image = pillow.decode_one(path, size)
     if image is not None:
         decoded.images[row] = image
-        wide = image.astype(np.int64)
-        decoded.pixel_sum[row], decoded.pixel_sumsq[row] = wide.sum(), (wide * wide).sum()
+        decoded.pixel_sum[row], decoded.pixel_sumsq[row] = pillow.pixel_sums(image)
     return status
 
 

@@ -94,6 +94,12 @@ def decode_one(film: Film, size: int) -> tuple[Status, np.ndarray | None]:
     return status, np.asarray(image)
 
 
+def pixel_sums(image: np.ndarray) -> tuple[int, int]:
+    """Sum of a uint8 image's pixels, and sum of their squares."""
+    wide = image.astype(np.int64)
+    return int(wide.sum()), int((wide * wide).sum())
+
+
 class PillowDecoder:
     """Decoder over ``workers`` processes (default: one a core)."""
 
@@ -120,8 +126,7 @@ class PillowDecoder:
             for row, (status, image) in enumerate(self._pool.map(partial(decode_one, size=size), films, chunksize=4)):
                 statuses.append(status)
                 images[row] = 0 if image is None else image
-                wide = images[row].astype(np.int64)
-                sums[row], sums_sq[row] = wide.sum(), (wide * wide).sum()
+                sums[row], sums_sq[row] = pixel_sums(images[row])
         except BrokenProcessPool as error:
             raise ResourceError(
                 "a decoding process was killed, probably for memory; repeat the command with fewer --workers to go on"
