@@ -40,9 +40,11 @@ HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad(
 
 def usable(x: Tensor) -> bool:
     """Whether the compiled part takes this map: dense channels-last float32 or bfloat16 on the CPU."""
+    if x.device.type != "cpu" or MISSING:
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
-        not MISSING
-        and x.device.type == "cpu"
+        dtype in (torch.float32, torch.bfloat16)
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -153,7 +155,7 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return _channels_last(F.conv2d(x, _channels_last(kernel, x.dtype), padding=1), x.dtype)
 
 
-def _conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
     """Gradients of x and of the kernel of a 3x3 convolution with padding 1.
 
     On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
@@ -198,7 +200,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         x, kernel = ctx.saved_tensors
-        return _conv_backward(_channels_last(grads[0], x.dtype), x, kernel, ctx.needs_input_grad[0])
+        return conv_backward(_channels_last(grads[0], x.dtype), x, kernel, ctx.needs_input_grad[0])
 
 
 class _NormReluConv(torch.autograd.Function):
@@ -214,7 +216,7 @@ class _NormReluConv(torch.autograd.Function):
         affine: _Affine = ctx.affine
         y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
         incoming = _channels_last(grads[0], x.dtype)
-        grad_y, grad_kernel = _conv_backward(incoming, y, kernel, True)
+        grad_y, grad_kernel = conv_backward(incoming, y, kernel, True)
         del y
         assert grad_y is not None
         grad = _channels_last(grad_y, x.dtype)

@@ -1,0 +1,125 @@
+"""Does half precision cost accuracy? Trains both networks in fp32 and in half precision and compares the test AUC.
+
+    python tools/amp_auc.py STORE RUNS --epochs 4
+
+Every run is the trainer's own, autocast and loss scaling included. On a CPU without half-precision arithmetic torch's
+convolutions in it are ten times too slow, so that convolutions and matrix products of half-precision tensors are
+computed here as tensor cores compute them: products and sums in fp32, the result rounded once. Everything else (batch
+norm, pooling, dropout) runs in half precision as torch has it on a CPU.
+
+A run that is complete is not repeated, one that was killed goes on: the tool may be stopped and started at any time.
+Left out: speed, of which such an emulation says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cxrfast import block
+from cxrfast.devices import Precision
+from cxrfast.errors import InputError
+from cxrfast.models import ModelName
+from cxrfast.parallel import World
+from cxrfast.train import TrainConfig, Trainer, read_metrics
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """Prepared store."""
+    runs: Annotated[Path, tyro.conf.Positional]
+    """Folder of the runs."""
+    epochs: int = 4
+    """Epochs of each run."""
+    seeds: int = 3
+    """Runs of each kind."""
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """fp32, bf16 and fp16 (with loss scaling, as on GPUs that lack bf16)."""
+    batch_size: int = 32
+    """Films a step."""
+
+
+class TensorCores(TorchDispatchMode):
+    """Convolutions and matrix products of half-precision tensors with fp32 sums, rounded once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        halves = [a for a in args if isinstance(a, Tensor) and a.dtype in HALF]
+        aten = torch.ops.aten
+        ours = (aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default)
+        if not halves or func not in ours:
+            return func(*args, **(kwargs or {}))
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        dtype = halves[0].dtype
+        if func is aten.convolution_backward.default:
+            grad, x, kernel, *_, mask = wide
+            with torch.autocast("cpu", enabled=False):
+                grad_x, grad_kernel = block.conv_backward(_dense(grad), _dense(x), kernel, mask[0])
+            return None if grad_x is None else grad_x.to(dtype), grad_kernel.to(dtype), None
+        return func(*wide, **(kwargs or {})).to(dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class ForcedTrainer(Trainer):
+    """A trainer that takes the arithmetic it is told, in spite of the device."""
+
+    def _precision(self) -> Precision:
+        name = self.config.amp_dtype if self.config.amp else "fp32"
+        return Precision(name, f"arithmetic: {name}, emulated" if self.config.amp else "arithmetic: fp32")
+
+
+def score(config: Config, model: ModelName, precision: str, seed: int) -> float:
+    """Test macro AUC after the last epoch; trains where that has not been done."""
+    run = config.runs / f"{model}-{precision}-{seed}"
+    options = TrainConfig(
+        config.store, run, model=model, epochs=config.epochs, seed=seed, batch_size=config.batch_size, device="cpu", resume=True,
+        checkpoint_minutes=1.0,
+    )  # fmt: skip
+    if precision != "fp32":
+        options = dataclasses.replace(options, amp=True, amp_dtype=precision)  # type: ignore[arg-type]
+    metrics = read_metrics(run)
+    if len(metrics) < config.epochs:
+        with TensorCores():
+            ForcedTrainer(options, World(), torch.device("cpu"), lambda line: None).run()
+        metrics = read_metrics(run)
+    return float(metrics[config.epochs - 1]["test_macro_auc"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is missing, then print the table; the last line is JSON."""
+    config = tyro.cli(Config, description=__doc__, args=argv)
+    if unknown := set(config.precisions) - {"fp32", "bf16", "fp16"}:
+        raise InputError(f"there is no precision {unknown.pop()!r}; choose among fp32, bf16 and fp16")
+    found: dict[str, dict[str, list[float]]] = {m: {p: [] for p in config.precisions} for m in get_args(ModelName)}
+    for seed, model, precision in itertools.product(range(config.seeds), found, config.precisions):
+        auc = score(config, model, precision, seed)  # type: ignore[arg-type]
+        found[model][precision].append(auc)
+        print(f"{model:10} {precision} seed {seed}: test macro AUC {auc:.4f}", flush=True)
+    for model, by_precision in found.items():
+        means = {precision: statistics.mean(values) for precision, values in by_precision.items()}
+        print(f"{model:10} " + ", ".join(f"{precision} {mean:.4f}" for precision, mean in means.items()))
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
