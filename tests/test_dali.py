@@ -4,6 +4,7 @@ depend on the backend without anyone saying so, an operator that was built for a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import shutil
@@ -257,25 +258,48 @@ def test_a_dali_that_fails_always_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
 # ---- memory ----
 
 
-def resident_mib() -> float:
-    """Memory of this process that is in use, in MiB."""
+class Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2, of which two fields are read."""
+
+    _fields_ = [("before", ctypes.c_size_t * 4), ("hblkhd", ctypes.c_size_t), ("between", ctypes.c_size_t * 2)]
+    _fields_ += [("uordblks", ctypes.c_size_t), ("behind", ctypes.c_size_t * 2)]
+
+
+def memory_mib() -> tuple[float, float]:
+    """(allocated and not freed, resident) of this process in MiB, when the free part of the heap has been given back.
+
+    Resident memory moves by tens of MiB with what the heap keeps for itself; what is allocated, by tenths.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not say how much is allocated (mallinfo2, glibc 2.33)")
+    libc.mallinfo2.restype = Mallinfo
+    libc.malloc_trim(0)
+    info = libc.mallinfo2()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return (info.uordblks + info.hblkhd) / 2**20, pages * resource.getpagesize() / 2**20
 
 
 @pytest.mark.films
 @pytest.mark.slow
 def test_memory_does_not_grow_over_20_epochs(decoder: Decoder, films: list[Path]) -> None:
-    """A third of the sample where DALI's own decoder or resize makes an epoch long. An epoch's images are 10 MiB, its
-    files 83 MiB: what is lost of either shows 15 times between the two measurements.
+    """A third of the sample where DALI's own decoder or resize makes an epoch long. An epoch's images are then 3.4 MiB,
+    its files 28 MiB: what is lost of either shows 11 times between the two measurements. A file that stays mapped is in
+    resident memory only.
     """
     sample = films if decoder.pixel_rule == PIXEL_RULE else films[::3]
-    resident = []
+    allocated: list[float] = []
+    resident: list[float] = []
     for _ in range(20):
         decoder.decode_resize(sample, 224)
-        resident.append(resident_mib())
-    print(f"{decoder.name}, {decoder.pixel_rule}: {resident[4]:.0f} MiB after 5 epochs, {resident[-1]:.0f} after 20")
-    assert resident[-1] - resident[4] < 32
+        for values, value in zip((allocated, resident), memory_mib(), strict=True):
+            values.append(value)
+    print(
+        f"{decoder.name}, {decoder.pixel_rule}: {allocated[4]:.1f} MiB allocated after 5 epochs, "
+        f"{allocated[-1]:.1f} after 20; resident {resident[4]:.0f} and {resident[-1]:.0f}"
+    )
+    assert min(allocated[-5:]) - min(allocated[4:9]) < 24  # batches that wait in the pipeline come and go
+    assert min(resident[-5:]) - min(resident[4:9]) < 128
 
 
 # ---- the operators by themselves ----
