@@ -68,9 +68,9 @@ class TensorCores(TorchDispatchMode):
         wide = [a.float() if isinstance(a, Tensor) else a for a in args]
         dtype = halves[0].dtype
         if func is aten.convolution_backward.default:
-            grad, x, kernel, *_, mask = wide
+            grad, x, kernel, mask = *wide[:3], args[-1]
             with torch.autocast("cpu", enabled=False):
-                grad_x, grad_kernel = block.conv_backward(_dense(grad), _dense(x), kernel, mask[0])
+                grad_x, grad_kernel = block.conv_backward(_dense(grad), _dense(x), kernel, bool(mask[0]))
             return None if grad_x is None else grad_x.to(dtype), grad_kernel.to(dtype), None
         return func(*wide, **(kwargs or {})).to(dtype)
 
@@ -91,9 +91,16 @@ def score(config: Config, model: ModelName, precision: str, seed: int) -> float:
     """Test macro AUC after the last epoch; trains where that has not been done."""
     run = config.runs / f"{model}-{precision}-{seed}"
     options = TrainConfig(
-        config.store, run, model=model, epochs=config.epochs, seed=seed, batch_size=config.batch_size, device="cpu", resume=True,
+        config.store,
+        run,
+        model=model,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=seed,
+        device="cpu",
+        resume=True,
         checkpoint_minutes=1.0,
-    )  # fmt: skip
+    )
     if precision != "fp32":
         options = dataclasses.replace(options, amp=True, amp_dtype=precision)  # type: ignore[arg-type]
     metrics = read_metrics(run)
