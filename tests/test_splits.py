@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import InputError
-from cxrfast.nih import read_metadata
-from cxrfast.splits import check_leak, make_split, paper_split
+from cxrfast.nih import PUBLISHED_TOTALS, read_metadata
+from cxrfast.splits import check_leak, in_paper_test, make_split, paper_split
 
 
 def table_of(patients: list[int]) -> pd.DataFrame:
@@ -73,6 +73,17 @@ def test_paper_side_belongs_to_the_patient(patients: list[int], keep: list[bool]
     assert not train & test
     assert set(part_table["patient"][part.train]) <= train
     assert set(part_table["patient"][part.test]) <= test
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 10, 11, 999, PUBLISHED_TOTALS["patients"]])
+def test_paper_draw_is_scikit_learns(count: int) -> None:
+    from sklearn.model_selection import GroupShuffleSplit
+
+    first = 1 if count == PUBLISHED_TOTALS["patients"] else 10**9  # the published patients, or others
+    patients = np.arange(first, first + count)
+    draw = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=42)
+    _, test = next(draw.split(patients, groups=patients))
+    assert np.array_equal(np.flatnonzero(in_paper_test(patients)), np.sort(test))
 
 
 def test_paper_split_of_other_ids_is_drawn_over_those_present() -> None:
