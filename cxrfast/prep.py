@@ -1,7 +1,8 @@
 """Films and their CSV to a store: plan, decode, write, and one ledger row for every film named or found.
 
-The films are decoded in the order of their names, a batch ahead of the one being written. Each batch's end is in the
-journal before the next is planned, so a run that was killed goes on with the first film that the journal does not hold.
+The films are decoded in the order of their names, as far ahead of the writing as ``_AHEAD_NBYTES`` allows, so that the
+decoder waits neither for the disk nor for Python. Batches are written in their order, so a run that was killed goes on
+with the first film that the journal does not hold.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +32,8 @@ from cxrfast.nih import Metadata, read_metadata
 from cxrfast.sources import Source, find_films
 from cxrfast.store import Entry, StoreWriter, is_store
 
-_SYNC_SECONDS = 0.5  # the most work that a power cut costs
+_SYNC_SECONDS = 0.5  # between two syncs of what was written; a power cut costs that and the films decoded ahead
+_AHEAD_NBYTES = 128 << 20  # of images decoded ahead: a second of work for a disk that makes the writing wait
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def prepare(config: PrepConfig) -> dict[str, Any]:
         "sources_digest": plan.source.digest,
         "csv_digest": sha256_of(plan.csv),
     }
-    with StoreWriter(config.store, config.size, identity, decoder.name) as writer:
+    with StoreWriter(config.store, config.size, identity, decoder.name, expected=len(plan.names)) as writer:
         done = len(writer.entries)
         if writer.finished:
             tqdm.write(f"{config.store} is finished already; nothing was changed", file=sys.stderr)
@@ -150,34 +155,54 @@ def _is_metadata(path: Path) -> bool:
 
 
 def _decode_all(plan: Plan, size: int, decoder: Decoder, writer: StoreWriter) -> None:
-    """Decode what the journal does not hold yet, one batch ahead of the writing."""
-    batches = _batches(plan.names, len(writer.entries), decoder.batch_films)
+    """Decode and write what the journal does not hold yet."""
+    names = plan.names[len(writer.entries) :]
     synced = time.monotonic()
     with (
         tqdm(total=len(plan.names), initial=len(writer.entries), unit=" images", smoothing=0.05) as bar,
-        ThreadPoolExecutor(1) as ahead,
+        closing(_decode_ahead(plan.source, names, size, decoder)) as batches,
     ):
-
-        def decode(names: list[str]) -> Decoded:
-            return decoder.decode_resize([plan.source.films[name] for name in names], size)
-
-        names = next(batches, [])
-        decoding = ahead.submit(decode, names) if names else None
-        while decoding is not None:
-            decoded, following = decoding.result(), next(batches, [])
-            decoding = ahead.submit(decode, following) if following else None
-            _write(plan, names, decoded, size, writer)
-            bar.update(len(names))
-            names = following
+        for batch, decoded in batches:
+            _write(plan, batch, decoded, size, writer)
+            bar.update(len(batch))
             if time.monotonic() - synced > _SYNC_SECONDS:
                 writer.sync()
                 synced = time.monotonic()
     writer.sync()
 
 
-def _batches(names: list[str], start: int, films: int) -> Iterator[list[str]]:
-    for first in range(start, len(names), films):
-        yield names[first : first + films]
+def _decode_ahead(
+    source: Source, names: list[str], size: int, decoder: Decoder
+) -> Generator[tuple[list[str], Decoded], None, None]:
+    """The films in batches, in order; the batches that follow are decoded meanwhile.
+
+    Yields:
+        The batch's names, and its images, which are overwritten after the next step. Closed early, it drops what is
+        waiting and ends with the calls under way.
+    """
+    films = max(1, min(decoder.batch_films, _AHEAD_NBYTES // (decoder.calls + 1) // size**2))
+    ahead = max(decoder.calls, _AHEAD_NBYTES // (films * size**2))
+    batches = (names[first : first + films] for first in range(0, len(names), films))
+    free: list[np.ndarray] = []  # the last one written is the next one used: it is still in the cache
+    waiting: deque[tuple[list[str], Future[tuple[np.ndarray, Decoded]]]] = deque()
+    pool = ThreadPoolExecutor(decoder.calls)
+
+    def decode(batch: list[str]) -> tuple[np.ndarray, Decoded]:
+        rows = free.pop() if free else np.empty((films, size, size), np.uint8)
+        return rows, decoder.decode_resize([source.films[name] for name in batch], size, rows[: len(batch)])
+
+    try:
+        while True:
+            for batch in islice(batches, ahead - len(waiting)):
+                waiting.append((batch, pool.submit(decode, batch)))
+            if not waiting:
+                return
+            batch, decoding = waiting.popleft()
+            rows, decoded = decoding.result()
+            yield batch, decoded
+            free.append(rows)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write(plan: Plan, names: list[str], decoded: Decoded, size: int, writer: StoreWriter) -> None:

@@ -12,6 +12,7 @@ there, and whatever lies beyond its last whole line is cut off when the writer i
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -179,12 +180,14 @@ class StoreWriter:
         size: S.
         identity: what must be equal for a store to be continued (pixel rule, size, sources' digest, …); JSON values.
         backend: the decoder in use; the manifest names every one that took part.
+        expected: images that there will be if no film is rejected; then their checksum is known when the last one is
+            written, and ``finish`` need not read them all again.
 
     Raises:
         InputError: the folder holds something else, or a store that was begun with another identity.
     """
 
-    def __init__(self, path: Path, size: int, identity: dict[str, Any], backend: str) -> None:
+    def __init__(self, path: Path, size: int, identity: dict[str, Any], backend: str, expected: int = 0) -> None:
         self.path = path
         self.entries: list[Entry] = []
         self.backends: list[str] = []
@@ -192,6 +195,9 @@ class StoreWriter:
         self._row_nbytes = size * size
         self._pending: list[Entry] = []
         self._identity = identity
+        self._expected = expected
+        self._sha256 = hashlib.sha256(_npy_header((expected, size, size)))  # of images.npy, when nothing is missing
+        self._appended = 0  # images that it covers
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; the store must be a folder")
         if is_store(path):
@@ -226,7 +232,10 @@ class StoreWriter:
         """Add films in the plan's order: N entries, and uint8 (M, S, S) for the M accepted ones among them."""
         if len(images) != sum(entry.accepted for entry in entries) or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8, one for each accepted entry, got {images.dtype} {images.shape}")
-        self._images.write(np.ascontiguousarray(images).data)
+        pixels = np.ascontiguousarray(images).data
+        self._images.write(pixels)
+        self._sha256.update(pixels)
+        self._appended += len(images)
         self._pending += entries
 
     def sync(self) -> None:
@@ -261,9 +270,14 @@ class StoreWriter:
         )[list(INDEX_COLUMNS)]
         ledger = sorted([*self.entries, *others], key=lambda entry: entry.file)
         self._finish_images(len(accepted))
+        known = self._appended == self._expected == len(accepted)  # not so after a resumption, or with a film rejected
+        images_sha256 = self._sha256.hexdigest() if known else sha256_of(self.path / "images.npy")
         write_atomic(self.path / "index.csv", _index_csv(index))
         write_atomic(self.path / "ledger.csv", _ledger_csv(ledger))
-        checksums = {name: sha256_of(self.path / name) for name in ("images.npy", "index.csv", "ledger.csv")}
+        checksums = {
+            "images.npy": images_sha256,
+            **{name: sha256_of(self.path / name) for name in ("index.csv", "ledger.csv")},
+        }
         outcomes = Counter(entry.outcome for entry in ledger)
         content = {
             "format": FORMAT,
@@ -393,8 +407,11 @@ def _number(value: float) -> str:
 
 
 def _ledger_csv(ledger: list[Entry]) -> str:
-    rows = [(entry.file, entry.outcome, entry.reason) for entry in ledger]
-    return str(pd.DataFrame(rows, columns=list(LEDGER_COLUMNS)).to_csv(index=False, lineterminator="\n"))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(LEDGER_COLUMNS)
+    rows.writerows((entry.file, entry.outcome, entry.reason) for entry in ledger)
+    return text.getvalue()
 
 
 def _read_index(path: Path) -> pd.DataFrame:

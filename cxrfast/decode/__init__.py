@@ -72,11 +72,12 @@ class Decoded(NamedTuple):
 
 
 class Decoder(Protocol):
-    """What prep asks of a backend. Used as a context manager; one thread calls it at a time."""
+    """What prep asks of a backend. Used as a context manager."""
 
     name: str
     pixel_rule: str
-    batch_films: int  # films to give to one call: enough to keep every worker busy, few enough to show progress
+    calls: int  # calls that may be under way at once, each from a thread of its own
+    batch_films: int  # films to give to one call: enough to keep its workers busy, few enough to show progress
 
     def decode_resize(self, films: Sequence[Film], size: int, out: np.ndarray | None = None) -> Decoded:
         """Decode N films to grey and resize them to (size, size). A bad film never raises: its status says why.

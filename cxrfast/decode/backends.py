@@ -83,7 +83,7 @@ def available_cores() -> int:
 def _native(workers: int) -> Decoder:
     from cxrfast.decode.native import NativeDecoder
 
-    return NativeDecoder(workers)
+    return NativeDecoder(1, pools=workers)  # no thread waits for the last film of another one's batch
 
 
 def _dali(backend: str, workers: int, require_gpu: bool) -> tuple[Decoder, str]:

@@ -75,6 +75,7 @@ class DaliDecoder:
             raise InputError("DALI finds no CUDA device; leave --require-gpu out to decode on the CPU")
         self._threads = available_cores() if threads is None else threads
         self._native = NativeDecoder(self._threads)
+        self.calls = 1
         self.batch_films = 4 * _RUN_FILMS * self._threads
         self._gpu = gpu
         self._pipeline: Any = None

@@ -7,8 +7,10 @@ Same pixels as Pillow, bit for bit, and never an image where the file is broken.
 from __future__ import annotations
 
 import os
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,10 @@ class NativeDecoder:
 
     The files are read by the threads that decode them. ``CXRFAST_ISA=portable|avx2|avx512`` lowers the instruction set;
     the pixels are the same at every level.
+
+    Args:
+        threads: how many share the films of one call; the calling thread is one of them.
+        pools: how many calls work at the same time, each with ``threads`` threads; further calls wait for their turn.
     """
 
     name = "native"
@@ -45,14 +51,19 @@ class NativeDecoder:
         self,
         threads: int | None = None,
         *,
+        pools: int = 1,
         max_pixels: int = MAX_PIXELS,
         max_memory_nbytes: int = MAX_MEMORY_NBYTES,
     ) -> None:
         threads = available_cores() if threads is None else threads
-        if threads < 1:
-            raise InputError(f"threads={threads}: a decoder needs at least one")
+        if threads < 1 or pools < 1:
+            what = f"threads={threads}" if threads < 1 else f"pools={pools}"
+            raise InputError(f"{what}: a decoder needs at least one")
+        self.calls = pools + 1  # one stands ready with its films when another ends
         self.batch_films = 64 * threads
-        self._pool = _png.Pool(threads, max_pixels, max_memory_nbytes)
+        self._pools: queue.SimpleQueue[_png.Pool] = queue.SimpleQueue()  # those that no call is using
+        for _ in range(pools):
+            self._pools.put(_png.Pool(threads, max_pixels, max_memory_nbytes))
 
     def __enter__(self) -> NativeDecoder:
         return self
@@ -74,7 +85,8 @@ class NativeDecoder:
         check_isa()
         out = prepared_array(len(films), size, out)
         data, paths = zip(*map(split_film, films), strict=True) if films else ((), ())
-        failures, pixel_sum, pixel_sumsq = self._pool.decode_resize(list(data), list(paths), out)
+        with self._free_pool() as pool:
+            failures, pixel_sum, pixel_sumsq = pool.decode_resize(list(data), list(paths), out)
         statuses = [_OK] * len(films)
         for row, status in failures.items():
             statuses[row] = _status(status)
@@ -83,8 +95,17 @@ class NativeDecoder:
     def decode(self, film: Film) -> tuple[Status, np.ndarray | None]:
         """One film's grey image at its own size: (ok, uint8 (H, W)), or the reason and None."""
         check_isa()
-        status, image = self._pool.decode(*split_film(film))
+        with self._free_pool() as pool:
+            status, image = pool.decode(*split_film(film))
         return _status(status), image
+
+    @contextmanager
+    def _free_pool(self) -> Iterator[_png.Pool]:
+        pool = self._pools.get()
+        try:
+            yield pool
+        finally:
+            self._pools.put(pool)
 
 
 def decode_resize(

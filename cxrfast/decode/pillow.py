@@ -108,6 +108,7 @@ class PillowDecoder:
 
     def __init__(self, workers: int | None = None) -> None:
         workers = workers or os.cpu_count() or 1
+        self.calls = 2  # so that no process waits between two batches
         self.batch_films = 24 * workers
         # spawn: a fork of a process with threads (tqdm's, a writer's) can deadlock
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
