@@ -16,6 +16,7 @@ little when the curve is flat; last.safetensors is free of that choice. config.j
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -250,6 +251,16 @@ def _stop_signals() -> Iterator[_Signals]:
             signal.signal(number, handler)
 
 
+class Adam(torch.optim.Adam):
+    """torch's Adam, step for step, without its decorators: they keep `torch.compile` out of the optimiser, which is not
+    compiled here, and to do so import the whole compiler, two seconds of a run's start."""
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
 @dataclass
 class _Side:
     """Loss and counts of one side of the split over an epoch, of this process."""
@@ -342,7 +353,7 @@ class Trainer:
         if world.size > 1:
             synchronise_norms(self.net, device)
             self.model = DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), config.lr, fused=True)
+        self.optimizer = Adam(self.net.parameters(), config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
         weights = class_weights(self.store.targets[self.split.train], config.weighting)
         self.criterion = WeightedBCEWithAUC(*weights).to(device)
@@ -756,7 +767,8 @@ class Trainer:
 def _set_determinism(wanted: bool, device: torch.device) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler, two seconds
+        torch.use_deterministic_algorithms(wanted)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not wanted
 

@@ -173,6 +173,18 @@ class TestRun:
         assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=0.05)
 
 
+def test_a_run_does_not_import_what_it_does_not_use(store, tmp_path):
+    """torch's compiler is two seconds of a run's start, scikit-learn one."""
+    script = (
+        "import sys; from cxrfast.cli.train import main; assert main(sys.argv[1:]) == 0\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sklearn', 'matplotlib') if name in sys.modules])"
+    )
+    arguments = [str(store.path), str(tmp_path / "run"), "--epochs", "1", "--batch-size", "64", "--head", "gap"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def rows_of_the_test_split(store) -> np.ndarray:
     from cxrfast.splits import make_split
 
