@@ -1,6 +1,8 @@
-// guarded.h - buffers that end at a page nobody may touch, so that the first byte over-read or over-written is a crash.
+// guarded.h - buffers that end at a page nobody may touch, so that the first
+// byte over-read or over-written is a crash.
 //
-// ASan sees what the compiler wrote; it does not see into assembly or into a read that stays inside a larger buffer.
+// ASan sees what the compiler wrote; it does not see into assembly or into a
+// read that stays inside a larger buffer.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,7 +16,8 @@
 
 namespace cxrfast::png::fuzz {
 
-// Memory mapped once, for at most `capacity` bytes, between two pages without access.
+// Memory mapped once, for at most `capacity` bytes, between two pages without
+// access.
 class Guarded {
  public:
   explicit Guarded(size_t capacity) {
@@ -43,6 +46,14 @@ class Guarded {
   uint8_t* first_;
   size_t capacity_;
 };
+
+// A number that a changed bit changes (FNV-1a): which of several checks an
+// input gets, so that its next mutant gets another.
+inline uint32_t draw(const uint8_t* data, size_t nbytes) {
+  uint32_t hash = 2166136261;
+  for (size_t i = 0; i < nbytes; ++i) hash = (hash ^ data[i]) * 16777619;
+  return hash >> 8;
+}
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
