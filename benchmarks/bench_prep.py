@@ -1,15 +1,24 @@
-"""Does prep keep the decoder busy? The whole command on all cores, against a loop over Pillow on one.
+"""Does prep keep the decoder busy, and is a film as cheap among 50,000 as among 1,000?
 
-10,000 films, the real ones repeated as hard links, from a warm page cache; start-up, planning and checksums included.
+The whole command, start-up, planning and checksums included, on all cores, against a loop over Pillow on one core and
+against the decoder alone, which takes the same films from memory and writes nothing. The films are the real ones,
+repeated as hard links, from a warm page cache; every row of the store is checked. The two others are timed on both
+sides of the command, so that a machine whose speed drifts does less harm.
+
+    python -m pytest --benchmark-only benchmarks/bench_prep.py -s
+    CXRFAST_BENCH_LONG=1 python -m pytest --benchmark-only benchmarks/bench_prep.py -s     (50,000 films as well)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +30,85 @@ from cxrfast.decode.backends import available_cores
 from cxrfast.decode.native import NativeDecoder
 from cxrfast.store import open_store
 
-COUNT, SIZE = 10_000, 224
+SIZE = 224
+LONG = pytest.mark.skipif(not os.environ.get("CXRFAST_BENCH_LONG"), reason="set CXRFAST_BENCH_LONG=1")
+
+# The command, and what its memory came to at most. (A child's ru_maxrss begins with its parent's memory.)
+COMMAND = """
+import re, sys
+from cxrfast.cli.prep import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+sys.exit(code)
+"""
 
 
-@pytest.mark.films
-def test_prep(benchmark: Any, data: Path, tmp_path: Path) -> None:
-    originals = [path.read_bytes() for path in sorted((data / "nih" / "images").glob("*.png"))]
-    images = tmp_path / "films" / "images"
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    shutil.rmtree(tmp_path)  # 50,000 films are 2.5 GB, which pytest would keep
+
+
+def link_films(folder: Path, originals: list[bytes], count: int) -> None:
+    images = folder / "images"
     images.mkdir(parents=True)
-    for index in range(COUNT):
+    for index in range(count):
         if index < len(originals):
             (images / file_name(index)).write_bytes(originals[index])
         else:
             os.link(images / file_name(index % len(originals)), images / file_name(index))
-    write_csv(tmp_path / "films" / "Data_Entry_2017_v2020.csv", COUNT)
-    command = [sys.executable, "-m", "cxrfast.cli.prep", str(tmp_path / "films"), str(tmp_path / "store")]
+    write_csv(folder / "Data_Entry_2017_v2020.csv", count)
 
-    begin = time.perf_counter()
-    expected = [pillow_prepared(film, SIZE) for film in originals]
-    pillow = len(originals) / (time.perf_counter() - begin)
+
+@pytest.mark.films
+@pytest.mark.parametrize("count", [1_000, 10_000, pytest.param(50_000, marks=LONG)])
+def test_prep(benchmark: Any, data: Path, folder: Path, count: int) -> None:
+    originals = [path.read_bytes() for path in sorted((data / "nih" / "images").glob("*.png"))]
+    link_films(folder / "films", originals, count)
+    command = [sys.executable, "-c", COMMAND, str(folder / "films"), str(folder / "store")]
     decoder = NativeDecoder(available_cores())
-    begin = time.perf_counter()
-    for _ in range(5):
-        decoder.decode_resize(originals, SIZE)
-    alone = 5 * len(originals) / (time.perf_counter() - begin)
+    seconds: dict[str, list[float]] = {"pillow": [], "decoder": []}
+    decoder.decode_resize(originals, SIZE)  # not timed: threads begin, memory is allocated
 
-    def run() -> dict[str, Any]:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+    def others() -> np.ndarray:
+        begin = time.perf_counter()
+        images = [pillow_prepared(film, SIZE) for film in originals]
+        seconds["pillow"].append((time.perf_counter() - begin) / len(originals))
+        begin = time.perf_counter()
+        for _ in range(5):
+            decoder.decode_resize(originals, SIZE)
+        seconds["decoder"].append((time.perf_counter() - begin) / (5 * len(originals)))
+        return np.array(images)
 
-    begin = time.perf_counter()
-    printed = benchmark.pedantic(run, rounds=1)
-    whole = COUNT / (time.perf_counter() - begin)
-    assert printed["images"] == COUNT
-    assert np.array_equal(open_store(tmp_path / "store").images[: len(expected)], expected)
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    expected = others()
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = benchmark.pedantic(run, rounds=1)
+    whole, after = (time.perf_counter() - begin) / count, resource.getrusage(resource.RUSAGE_CHILDREN)
+    others()
+
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["images"] == count
+    rows = open_store(folder / "store").images
+    for first in range(0, count, len(expected)):
+        assert np.array_equal(rows[first : first + len(expected)], expected[: count - first])
+
+    pillow, alone = (sum(both) / 2 for both in seconds.values())
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     figures = {
-        "pillow_per_s": round(pillow),
-        "decoder_per_s": round(alone),
-        "command_per_s": round(whole),
-        "command_to_pillow": round(whole / pillow, 1),
-        "command_to_decoder": round(whole / alone, 2),
-        "prep_to_decoder": round(printed["images_per_second"] / alone, 2),
+        "films": count,
+        "pillow_per_s": round(1 / pillow),
+        "decoder_per_s": round(1 / alone),
+        "command_per_s": round(1 / whole),
+        "command_to_pillow": round(pillow / whole, 1),
+        "command_to_decoder": round(alone / whole, 2),
+        "prep_to_decoder": round(printed["images_per_second"] * alone, 2),  # without start-up and planning
+        "ms_per_film": round(whole * 1e3, 3),
+        "prep_ms_per_film": round(1e3 / printed["images_per_second"], 3),
+        "cpu_ms_per_film": round(cpu / count * 1e3, 3),
+        "resident_mb": round(int(done.stderr.splitlines()[-1]) / 1024),
     }
     benchmark.extra_info.update(figures)
     print(f"\n  {figures}")

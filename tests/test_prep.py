@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from helpers import csv_row, file_name, film, pillow_prepared, png, write_csv, w
 from PIL import Image
 
 from cxrfast.cli.prep import main
-from cxrfast.decode import backends
-from cxrfast.store import open_store, verify_pixels
+from cxrfast.decode import PIXEL_RULE, Decoded, Film, backends, pillow
+from cxrfast.store import Entry, StoreWriter, open_store, verify_pixels
 
 BACKENDS = [
     "pillow",
@@ -214,6 +215,54 @@ def test_real_films_are_pixel_identical_to_pillow(data: Path, tmp_path: Path, ba
         assert np.array_equal(store.images[row], pillow_prepared(path.read_bytes(), 224)), name
     assert modes == {"L", "RGBA"}
     assert store.manifest["counts"]["films"] == 112_120
+
+
+class SlowStore(StoreWriter):
+    """A disk that is slower than the decoder."""
+
+    def append(self, entries: list[Entry], images: np.ndarray) -> None:
+        time.sleep(0.005)
+        super().append(entries, images)
+
+
+class CountingDecoder:
+    """The Pillow decoder without processes; counts the arrays that it was given to decode into."""
+
+    name, pixel_rule, calls, batch_films = "pillow", PIXEL_RULE, 3, 5
+
+    def __init__(self) -> None:
+        self.arrays: set[int] = set()
+
+    def __enter__(self) -> CountingDecoder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def decode_resize(self, films: Sequence[Film], size: int, out: np.ndarray | None = None) -> Decoded:
+        assert out is not None
+        self.arrays.add(out.ctypes.data)
+        decoded = [pillow.decode_one(film, size) for film in films]
+        out[:] = [image for _, image in decoded]
+        sums = np.array([pillow.pixel_sums(image) for image in out])
+        return Decoded(out, [status for status, _ in decoded], sums[:, 0], sums[:, 1])
+
+
+@pytest.mark.parametrize(("ahead_nbytes", "batches"), [(1, 3), (16 * 16 * 5 * 8, 8)])
+def test_a_slow_disk_costs_no_memory_and_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_nbytes: int, batches: int
+) -> None:
+    """What is decoded ahead is bounded, and no image is overwritten before it is written."""
+    films = write_films(tmp_path / "films", 103)
+    monkeypatch.setattr("cxrfast.prep.choose_decoder", lambda *_: (decoder, "for the test"))
+    decoder = CountingDecoder()
+    assert prep(films, tmp_path / "undisturbed", "--size", 16) == 0
+    decoder = CountingDecoder()
+    monkeypatch.setattr("cxrfast.prep.StoreWriter", SlowStore)
+    monkeypatch.setattr("cxrfast.prep._AHEAD_NBYTES", ahead_nbytes)
+    assert prep(films, tmp_path / "store", "--size", 16) == 0
+    assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
+    assert len(decoder.arrays) <= batches + 1  # the one being written
 
 
 # ---- wrong input: one sentence, exit code 2, nothing left behind ----

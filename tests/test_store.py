@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zlib
@@ -55,8 +56,8 @@ def finish(writer: StoreWriter) -> None:
     writer.finish(table(), [Entry("9999.png", "rejected", "not on the disk")], {"csv_generation": "v2020"})
 
 
-def write(path: Path, batch: int = 5) -> Path:
-    with StoreWriter(path, SIZE, IDENTITY, "pillow") as writer:
+def write(path: Path, batch: int = 5, expected: int = COUNT) -> Path:
+    with StoreWriter(path, SIZE, IDENTITY, "pillow", expected) as writer:
         for first in range(len(writer.entries), COUNT, batch):
             append(writer, range(first, min(first + batch, COUNT)))
             writer.sync()
@@ -123,6 +124,19 @@ def test_killed_while_finishing(tmp_path: Path, undisturbed: Path) -> None:
     with pytest.raises(InputError, match="unfinished"):
         open_store(tmp_path / "store")
     assert content(write(tmp_path / "store")) == content(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "expected", [0, COUNT - 2, COUNT, COUNT + 2], ids=["none", "right", "too many", "far too many"]
+)
+def test_checksums_are_those_of_the_files(tmp_path: Path, expected: int) -> None:
+    """Whether the pixels' checksum was made on the way (two of the films are rejected), read back, or after a kill."""
+    with StoreWriter(tmp_path / "resumed", SIZE, IDENTITY, "pillow", expected) as writer:
+        append(writer, range(3))
+    for path in (write(tmp_path / "at once", expected=expected), write(tmp_path / "resumed", expected=expected)):
+        files = content(path)
+        checksums = json.loads(files.pop("manifest.json"))["sha256"]
+        assert checksums == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def test_a_finished_store_is_left_alone(undisturbed: Path) -> None:

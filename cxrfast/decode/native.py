@@ -60,7 +60,7 @@ class NativeDecoder:
             what = f"threads={threads}" if threads < 1 else f"pools={pools}"
             raise InputError(f"{what}: a decoder needs at least one")
         self.calls = pools + 1  # one stands ready with its films when another ends
-        self.batch_films = 64 * threads
+        self.batch_films = 32 * threads
         self._pools: queue.SimpleQueue[_png.Pool] = queue.SimpleQueue()  # those that no call is using
         for _ in range(pools):
             self._pools.put(_png.Pool(threads, max_pixels, max_memory_nbytes))
