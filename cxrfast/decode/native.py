@@ -59,7 +59,7 @@ class NativeDecoder:
         if threads < 1 or pools < 1:
             what = f"threads={threads}" if threads < 1 else f"pools={pools}"
             raise InputError(f"{what}: a decoder needs at least one")
-        self.calls = pools + 1  # one stands ready with its films when another ends
+        self.calls = pools
         self.batch_films = 32 * threads
         self._pools: queue.SimpleQueue[_png.Pool] = queue.SimpleQueue()  # those that no call is using
         for _ in range(pools):
