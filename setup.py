@@ -93,8 +93,9 @@ def png_extension() -> Extension:
 def loss_extension() -> Extension | None:
     """cxrfast/_loss.so: the fused loss of csrc/loss on the CPU, for torch.ops.load_library. None without torch.
 
-    On torch's stable ABI: the library knows neither Python's version nor torch's (>= 2.10). So that every CPU and CUDA
-    give the same bits, multiplications and additions are not fused (-ffp-contract=off).
+    On torch's stable ABI and Python's: the library knows neither Python's version nor torch's (>= 2.10). It is a module
+    of Python too (bce_auc_direct.cpp). So that every CPU and CUDA give the same bits, multiplications and additions are
+    not fused (-ffp-contract=off).
     """
     torch = folder_of("torch")
     if torch is None:

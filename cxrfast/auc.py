@@ -120,7 +120,9 @@ class AucCounts:
         if names is not None and len(names) != num_classes:
             raise InputError(f"{num_classes} classes, but {len(names)} names")
         self.names = [str(number) for number in range(num_classes)] if names is None else list(names)
-        self.counts = torch.zeros((num_classes, 2, CODES), dtype=torch.int64, device=device)
+        # NumPy asks for huge pages. A batch adds to counters all over the 14 MB of 14 classes; with small pages, their
+        # addresses would be looked up anew each time.
+        self.counts = torch.from_numpy(np.zeros((num_classes, 2, CODES), dtype=np.int64)).to(device)
 
     @property
     def num_classes(self) -> int:

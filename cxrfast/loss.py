@@ -66,7 +66,7 @@ class WeightedBCEWithAUC(nn.Module):
         super().__init__()
         for name, weight in (("pos_weight", pos_weight), ("class_weight", class_weight)):
             if weight is not None:
-                weight = weight.detach().to(torch.float32)
+                weight = weight.detach().resolve_neg().to(torch.float32)
                 if weight.dim() != 1:
                     raise InputError(f"{name} must be (C,), got {tuple(weight.shape)}")
             self.register_buffer(name, weight)

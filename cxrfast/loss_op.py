@@ -8,6 +8,7 @@ load, `MISSING` says so and `cxrfast.loss` and `cxrfast.auc` compute the same in
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 # Device type -> why its operators are missing. Empty where all is well.
 MISSING: dict[str, str] = {}
+
+
+Others = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # targets, pos_weight, class_weight, counts
 
 
 def _load(device: str, file: str) -> None:
@@ -56,11 +60,12 @@ def weighted_bce_auc(
         pos_weight = pos_weight.to(torch.float32)
     if class_weight is not None and class_weight.dtype is not torch.float32:
         class_weight = class_weight.to(torch.float32)
-    if torch.compiler.is_compiling():
-        return torch.ops.cxrfast.weighted_bce_auc(logits, targets, pos_weight, class_weight, counts)[0]
+    others = targets, pos_weight, class_weight, counts
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return torch.ops.cxrfast.weighted_bce_auc(logits, *others)[0]
     if torch._C._are_functorch_transforms_active():
-        return LossFunction.apply(logits, targets, pos_weight, class_weight, counts)
-    return _apply(logits, targets, pos_weight, class_weight, counts)
+        return LossFunction.apply(logits, others)
+    return _apply(logits, others)
 
 
 def auc_count(logits: Tensor, targets: Tensor, counts: Tensor) -> None:
@@ -95,23 +100,51 @@ if "cpu" not in MISSING:
                 return None, None, None, None, None
             return _backward(grad_loss, *ctx.saved_tensors, ctx.dtype), None, None, None, None
 
-    class LossFunction(torch.autograd.Function):
-        """The same for the loss alone, which is what an eager training step calls.
+    # csrc/loss/bce_auc_direct.cpp: None where this torch lacks what it stands on.
+    try:
+        _direct: Any = import_module("cxrfast._loss")
+    except ImportError:
+        _direct = None
 
-        Without the way through the dispatcher to Python, two results that nobody reads, and the saved-tensor machinery
-        for what is neither input nor output, a step at batch 32 is a third shorter.
+    def _seen_by_a_mode() -> bool:
+        """Whether a mode wants to see the operators: fake tensors, tracers, counters of work."""
+        return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_torch_function_mode_enabled()
+
+    class LossFunction(torch.autograd.Function):
+        """The loss alone, which is what an eager training step calls, past the dispatcher where that is possible.
+
+        The gradient is kept until the backward pass, which scales it where it lies and hands it on; only a graph that
+        is retained needs a copy.
         """
 
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, *others: Tensor | None) -> Tensor:
-            with torch._C._AutoDispatchBelowAutograd():
-                loss, grad, known = _forward(logits, *others)
+        def forward(ctx: Any, logits: Tensor, others: Others) -> Tensor:
+            results = None
+            if not (_direct is None or _seen_by_a_mode() or logits.is_neg() or others[0].is_neg()):
+                results = _direct.bce_auc(logits, *others)
+            if results is None:
+                with torch._C._AutoDispatchBelowAutograd():
+                    results = _forward(logits, *others)
+            loss, grad, known = results
             ctx.kept = grad, known, logits.dtype
             return loss
 
         @staticmethod
-        def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-            return _backward(grad_loss, *ctx.kept), None, None, None, None
+        def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+            if ctx.kept is None:
+                raise RuntimeError(
+                    "the loss's gradient was freed by the first backward pass; give it retain_graph=True"
+                )
+            grad, known, dtype = ctx.kept
+            if not (torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()):
+                ctx.kept = None
+                if isinstance(known, int) and not (_seen_by_a_mode() or grad_loss.is_neg()):
+                    scaled = _direct.scale_grad(grad_loss, grad, known)
+                    if scaled is not None:
+                        return scaled, None
+            if isinstance(known, int):
+                known = torch.tensor(known)
+            return _backward(grad_loss, grad, known, dtype), None
 
     # Function.apply unwraps functorch's tensors first, which costs as much as the arithmetic of a small batch.
     _apply = super(torch.autograd.Function, LossFunction).apply

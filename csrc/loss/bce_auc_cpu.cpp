@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "bce_auc_math.h"
 
@@ -15,8 +16,6 @@ namespace {
 // Tiles between their computation and their counting, which is also the distance of the threads' barriers: enough to
 // hide a barrier of about 5 us, few enough for their places (128 KiB) to stay in the cache and on any thread's stack.
 constexpr int kGroup = 32;
-// Two threads gain from half of this on, while the machine is theirs alone (docs/notes.md, "The loss").
-constexpr int64_t kThreadedEntries = 32768;
 
 // The lanes end as sum[0]; a binary tree.
 CXRFAST_INLINE double add_lanes(double* sum) {
@@ -158,10 +157,9 @@ void lay_out_weights(const BceAucBatch& batch, int64_t column, int width, int ro
     weights[c] = whole * positive;
     weights[kTile + c] = whole;
   }
-  for (int i = width; i < rows * width; ++i) {
-    weights[i] = weights[i - width];
-    weights[kTile + i] = weights[kTile + i - width];
-  }
+  for (int done = width, n = rows * width; done < n; done *= 2)
+    for (float* first : {weights, weights + kTile})
+      memcpy(first + done, first, sizeof(float) * size_t(done < n - done ? done : n - done));
 }
 
 // ---- groups of tiles ----

@@ -23,7 +23,14 @@ struct BceAucBatch {
 struct BceAucSums {
   double loss;    // over the known entries
   int64_t known;  // their number
+
+  double mean() const { return known ? loss / double(known) : 0.0; }
+  // By what the gradient of the sum is multiplied to become that of `mean`, for an incoming gradient.
+  double scale(double grad_loss) const { return known ? grad_loss / double(known) : 0.0; }
 };
+
+// Two threads gain from half of this on, while the machine is theirs alone (docs/notes.md, "The loss").
+constexpr int64_t kThreadedEntries = 32768;
 
 // Runs body(begin, end, context) on disjoint ranges that cover [0, n), possibly at once, and waits for all.
 using ParallelFor = void (*)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);

@@ -6,18 +6,12 @@
 // are cxrfast/loss.py's.
 #include "bce_auc_op.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <tuple>
 
 #include "bce_auc_cpu.h"
 
 namespace cxrfast {
 namespace {
-
-void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-}
 
 std::tuple<Tensor, Tensor, Tensor> weighted_bce_auc_cpu(const Tensor& logits, const Tensor& targets,
                                                         std::optional<Tensor> pos_weight,
@@ -36,11 +30,10 @@ std::tuple<Tensor, Tensor, Tensor> weighted_bce_auc_cpu(const Tensor& logits, co
   dispatch_logits(logits.scalar_type(), [&](auto element) {
     sums = bce_auc_cpu<decltype(element)>(batch, int(torch::stable::get_num_threads()), parallel_for);
   });
-  const double mean = sums.known ? sums.loss / double(sums.known) : 0.0;
   if (real == ScalarType::Double)
-    *static_cast<double*>(loss.data_ptr()) = mean;
+    *static_cast<double*>(loss.data_ptr()) = sums.mean();
   else
-    *static_cast<float*>(loss.data_ptr()) = float(mean);
+    *static_cast<float*>(loss.data_ptr()) = float(sums.mean());
   *static_cast<int64_t*>(known.data_ptr()) = sums.known;
   return {loss, grad, known};
 }
@@ -51,10 +44,9 @@ Tensor weighted_bce_auc_backward_cpu(const Tensor& grad_loss, const Tensor& grad
   const int64_t sizes[2] = {grad.size(0), grad.size(1)};
   Tensor out = empty_tensor(grad, 2, sizes, dtype);
   const void* incoming = grad_loss.data_ptr();
-  const int64_t n_known = *static_cast<const int64_t*>(known.data_ptr());
-  double scale = dtype == ScalarType::Double ? *static_cast<const double*>(incoming)
-                                             : double(*static_cast<const float*>(incoming));
-  scale = n_known ? scale / double(n_known) : 0.0;
+  const BceAucSums sums{0, *static_cast<const int64_t*>(known.data_ptr())};
+  const double scale = sums.scale(dtype == ScalarType::Double ? *static_cast<const double*>(incoming)
+                                                              : double(*static_cast<const float*>(incoming)));
   dispatch_logits(dtype, [&](auto element) {
     scale_grad_cpu<decltype(element)>(grad.data_ptr(), scale, out.data_ptr(), grad.numel());
   });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -15,6 +16,11 @@ namespace cxrfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// ParallelFor of bce_auc_cpu.h, on torch's threads.
+inline void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
 
 // An uninitialised contiguous tensor on the device of `like`. torch::stable::empty goes through the dispatcher, which
 // costs three times as much; a training step at batch 32 notices.
