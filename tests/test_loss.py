@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cxrfast
 from cxrfast import loss_op
@@ -228,6 +231,19 @@ def test_a_scaled_loss_scales_the_gradient_and_backward_can_be_repeated(way: str
     assert torch.equal(scaled, once * 65536) and torch.equal(again, once)
 
 
+def test_the_gradient_is_handed_on_once() -> None:
+    """No copy of it for logits.grad; a second pass would find it scaled already, and is refused."""
+    logits, targets, *_ = batch(20, 14)
+    logits.requires_grad_()
+    loss = WeightedBCEWithAUC()(logits, targets)
+    assert loss.grad_fn is not None
+    kept = loss.grad_fn.kept[0].data_ptr()  # type: ignore[attr-defined]
+    loss.backward()
+    assert logits.grad is not None and logits.grad.data_ptr() == kept
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
 def test_counts_take_no_part_in_autograd(way: str) -> None:
     logits, targets, *_ = batch(20, 14)
     counts = AucCounts(14)
@@ -308,6 +324,91 @@ def test_the_operator_refuses_what_it_cannot_read() -> None:
     ):
         with pytest.raises(RuntimeError, match=said):
             operator()(*arguments)
+
+
+class Direct:
+    """Stands before loss_op's way past the dispatcher and notes which calls it took."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.took = real, [False]
+
+    def bce_auc(self, *arguments: Any) -> Any:
+        results = self.real.bce_auc(*arguments)
+        self.took.append(results is not None)
+        return results
+
+    def scale_grad(self, *arguments: Any) -> Any:
+        scaled = self.real.scale_grad(*arguments)
+        self.took.append(scaled is not None)
+        return scaled
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> Direct:
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has the operators alone")
+    stand = Direct(loss_op._direct)
+    monkeypatch.setattr(loss_op, "_direct", stand)
+    return stand
+
+
+@pytest.mark.parametrize("N", [1, 32, 73, 3000])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_past_the_dispatcher_the_bits_are_the_same(
+    N: int, weighted: bool, direct: Direct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, targets, *weights = batch(2 * N, 28)
+    logits, targets = logits[::2, 1::2], targets[::2, 1::2]
+    module = WeightedBCEWithAUC(*(weight[::2] for weight in weights)) if weighted else WeightedBCEWithAUC()
+    results = []
+    for _ in range(2):
+        counts = AucCounts(14)
+        leaf = logits.detach().requires_grad_()
+        loss = module(leaf, targets, counts if weighted else None)
+        (loss * 3).backward()
+        results.append((loss.detach(), leaf.grad, counts.counts))
+        monkeypatch.setattr(loss_op, "_direct", None)
+    assert direct.took == [False, True, True]
+    for past, through in zip(*results, strict=True):
+        assert torch.equal(past, through)
+
+
+@pytest.mark.parametrize(
+    "case", ["half", "double", "parameter", "negated", "empty", "mode", "function mode", "subclass"]
+)
+def test_what_the_dispatcher_must_see_goes_through_it(case: str, direct: Direct) -> None:
+    logits, targets, weight, _ = batch(10, 3)
+    module = WeightedBCEWithAUC(weight)
+    value = weighted_bce_ref(logits, targets, weight)[0]
+    mode: AbstractContextManager[Any] = nullcontext()
+    seen: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    if case in ("half", "double"):
+        logits = logits.to({"half": torch.bfloat16, "double": torch.float64}[case])
+        value = weighted_bce_ref(logits, targets, weight)[0]
+    elif case == "parameter":
+        logits = torch.nn.Parameter(logits)
+    elif case == "negated":
+        logits = torch.complex(torch.zeros(10, 3), -logits).conj().imag
+        assert logits.is_neg()
+    elif case == "empty":
+        logits, targets, value = logits[:0], targets[:0], 0.0
+    elif case == "mode":
+        mode = Noting()
+    elif case == "function mode":
+        mode = torch.overrides.BaseTorchFunctionMode()
+    elif case == "subclass":
+        logits = logits.as_subclass(type("Logits", (Tensor,), {}))
+    with mode:
+        loss = module(logits, targets)
+    assert float(loss.detach()) == pytest.approx(value, rel=1e-6)
+    assert not any(direct.took)
+    assert case != "mode" or "cxrfast.weighted_bce_auc.default" in seen
 
 
 DIGEST = """
