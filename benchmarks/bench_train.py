@@ -73,12 +73,12 @@ def plain_step(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor, Tensor]
 def cxrfast_step(trainer: Trainer) -> Callable[[], object]:
     films = torch.from_numpy(trainer.split.train)
     rows = [films[torch.randperm(len(films))[:BATCH]] for _ in range(64)]
-    batches = trainer.data.batches(rows)
+    feeds = trainer.data.feeds(rows)
     trainer.model.train()
 
     def step() -> None:
         trainer.start_step(BATCH)
-        trainer.train_step(next(batches))
+        trainer.train_step(next(feeds))
 
     return step
 

@@ -22,15 +22,16 @@ import tyro
 
 from cxrfast.data import Placement
 from cxrfast.decode import MAX_SIZE, PIXEL_RULE
-from cxrfast.devices import AmpDtype, choose_device, device_name, matmul_rate, synchronise
+from cxrfast.devices import AmpDtype, ReplayedStep, choose_device, device_name, matmul_rate, synchronise
 from cxrfast.errors import InputError
 from cxrfast.models import MIN_SIZE, HeadName, ModelName
 from cxrfast.nih import CLASSES
 from cxrfast.parallel import World
 from cxrfast.store import Entry, StoreWriter
-from cxrfast.train import TrainConfig, Trainer
+from cxrfast.train import Switch, TrainConfig, Trainer
 
 INPUT_BOUND_SHARE = 0.1  # of the step spent on input, from which on the input is what to look at first
+WARM_UP = ReplayedStep.WARM_UP + 2  # steps that are not timed: the last two after the capture, where there is one
 COMPUTE_BOUND_SHARE = 0.5  # of the matrix product's rate, from which on the arithmetic is
 
 
@@ -53,13 +54,17 @@ class BenchConfig:
     batch_size: int = 32
     """Films a step."""
     steps: int = 10
-    """Steps that are timed, after two that are not."""
+    """Steps that are timed, after a few that are not."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:0."""
     data: Placement = "auto"
     """Where the films are kept."""
     prefetch: int = 2
     """Batches read ahead when the films are not on the device."""
+    compile: Switch = "auto"
+    """Fuse the network's layers by torch.compile; auto does so on one GPU."""
+    cuda_graphs: bool = False
+    """Capture the training step once and replay it; on one GPU."""
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -88,6 +93,8 @@ def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, 
             batch_size=config.batch_size,
             data=config.data,
             prefetch=config.prefetch,
+            compile=config.compile,
+            cuda_graphs=config.cuda_graphs,
         )
         trainer = Trainer(options, World(), choose_device(config.device), say)
         return _measure(trainer, config.steps, say)
@@ -97,27 +104,27 @@ def _measure(trainer: Trainer, steps: int, say: Callable[[str], None]) -> dict[s
     device, size = trainer.device, trainer.config.batch_size
     rate = matmul_rate(device, trainer.precision.dtype)
     films = torch.from_numpy(trainer.split.train)
-    order = films[torch.randint(len(films), ((steps + 2) * size,), generator=torch.Generator().manual_seed(0))]
+    order = films[torch.randint(len(films), ((steps + WARM_UP) * size,), generator=torch.Generator().manual_seed(0))]
     trainer.model.train()
     seconds, waits = [], []
     synchronise(device)
     begin = time.perf_counter()
-    for number, batch in enumerate(trainer.data.batches(list(order.split(size)))):
+    for number, feed in enumerate(trainer.data.feeds(list(order.split(size)))):
         trainer.start_step(size)
-        trainer.train_step(batch)
+        trainer.train_step(feed)
         trainer.position.step = number % trainer.steps_per_epoch
         synchronise(device)
         seconds.append(time.perf_counter() - begin)
         waits.append(trainer.data.wait_s)
         begin, trainer.data.wait_s = time.perf_counter(), 0.0
-    per_step = statistics.median(seconds[2:])
+    per_step = statistics.median(seconds[WARM_UP:])
     images_per_second = size / per_step
     flops = images_per_second * trainer.net.flops_per_image(training=True)
     result: dict[str, Any] = {
         "images_per_second": images_per_second,
-        "fastest": size / min(seconds[2:]),
-        "slowest": size / max(seconds[2:]),
-        "input_share": sum(waits[2:]) / sum(seconds[2:]),
+        "fastest": size / min(seconds[WARM_UP:]),
+        "slowest": size / max(seconds[WARM_UP:]),
+        "input_share": sum(waits[WARM_UP:]) / sum(seconds[WARM_UP:]),
         "flops_per_second": flops,
         "matmul_per_second": rate,
         "flops_share": flops / rate,

@@ -40,7 +40,7 @@ HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad(
 
 def usable(x: Tensor) -> bool:
     """Whether the compiled part takes this map: dense channels-last float32 or bfloat16 on the CPU."""
-    if x.device.type != "cpu" or MISSING:
+    if MISSING or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
@@ -48,7 +48,6 @@ def usable(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
     )
 
 

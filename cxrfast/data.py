@@ -67,6 +67,13 @@ class Batch(NamedTuple):
     targets: Tensor  # float32 (N, 14): 1, 0 or NaN
 
 
+class Feed(NamedTuple):
+    """What a batch is made of, on the device."""
+
+    rows: Tensor  # int64 (N,), of the store
+    pixels: Tensor | None  # uint8 (N, S, S); None where all films are on the device
+
+
 class FilmData:
     """A store's films, labels and metadata, ready to be asked for batches by row number.
 
@@ -81,7 +88,7 @@ class FilmData:
     Attributes:
         placement: where they are.
         line: says so in words.
-        wait_s: seconds that the caller of `batches` has waited for data since it last set this to 0.
+        wait_s: seconds that feeding and making batches has taken the caller since it last set this to 0.
     """
 
     def __init__(
@@ -111,23 +118,31 @@ class FilmData:
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Batches in the order of ``batches``, each an int64 tensor of row numbers on the CPU."""
-        images = self._gathered(batches) if self._on_device is not None else self._read_ahead(batches)
+        return (self.make_batch(feed) for feed in self.feeds(batches))
+
+    def feeds(self, batches: Sequence[Tensor]) -> Iterator[Feed]:
+        """What `make_batch` takes, in the order of ``batches``: the part that is not arithmetic on the device."""
+        pixels = None if self._on_device is not None else self._read_ahead(batches)
         for rows in batches:
             begin = time.perf_counter()
-            raw = next(images)
-            on_device = rows.to(self.device, non_blocking=True)
-            batch = Batch(
-                normalise(raw, self.normalisation),
-                self._metadata.index_select(0, on_device),
-                self._targets.index_select(0, on_device),
-            )
+            feed = Feed(rows.to(self.device, non_blocking=True), None if pixels is None else next(pixels))
             self.wait_s += time.perf_counter() - begin
-            yield batch
+            yield feed
 
-    def _gathered(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        assert self._on_device is not None
-        for rows in batches:
-            yield self._on_device.index_select(0, rows.to(self.device, non_blocking=True))
+    def make_batch(self, feed: Feed) -> Batch:
+        """Gather, normalise, cast; on the device, with no word to the host."""
+        begin = time.perf_counter()
+        pixels = feed.pixels
+        if pixels is None:
+            assert self._on_device is not None
+            pixels = self._on_device.index_select(0, feed.rows)
+        batch = Batch(
+            normalise(pixels, self.normalisation),
+            self._metadata.index_select(0, feed.rows),
+            self._targets.index_select(0, feed.rows),
+        )
+        self.wait_s += time.perf_counter() - begin
+        return batch
 
     def _read_ahead(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Rows of the host's array as device tensors; a thread fills the next staging buffers and starts their copy."""

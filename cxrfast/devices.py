@@ -1,4 +1,5 @@
-"""What the device is and can do: its choice, its arithmetic under AMP, and the rate of its matrix product.
+"""What the device is and can do: its choice, its arithmetic under AMP, the rate of its matrix product, and steps that
+are captured once and replayed.
 
 Left out: several processes (parallel.py), and where films are kept (data.py).
 """
@@ -135,3 +136,67 @@ def synchronise(device: torch.device | None) -> None:
     """Wait until the device has done what it was asked; nothing on a CPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Makes of a step over tensors of fixed place, without running it, what repeats it on whatever they hold then."""
+
+
+def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one CUDA graph: what it launches, with the same arguments, at the cost of one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class ReplayedStep:
+    """A training step that is run a few times, then captured, and from then on replayed.
+
+    Its inputs are copied to where it will always find them, its result is where it always leaves it. The first steps
+    are true ones: whatever allocates, measures or compiles at first use does so there, on a stream beside the main one,
+    as capturing demands (https://docs.pytorch.org/docs/stable/notes/cuda.html, CUDA graphs).
+
+    Args:
+        step: computes from its inputs alone and from tensors of fixed place, asks the device for no value.
+        capture: `capture_cuda_graph`; for tests, anything that can do the same on a CPU.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., Tensor], capture: Capture, device: torch.device) -> None:
+        self._step, self._capture, self._device = step, capture, device
+        self._inputs: list[Tensor | None] | None = None
+        self._result = torch.zeros((), device=device)
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """The step's result on ``inputs``, float32 (); overwritten by the next. Their shapes are always the same."""
+        if self._inputs is None:
+            self._inputs = [None if value is None else value.clone() for value in inputs]
+        for place, value in zip(self._inputs, inputs, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        if self._replay is None and self._runs < self.WARM_UP:
+            self._runs += 1
+            self._run_beside()
+            return self._result
+        if self._replay is None:
+            self._replay = self._capture(self._run)
+        self._replay()
+        return self._result
+
+    def _run(self) -> None:
+        assert self._inputs is not None
+        self._result.copy_(self._step(*self._inputs))
+
+    def _run_beside(self) -> None:
+        if self._device.type != "cuda":
+            self._run()
+            return
+        main, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            self._run()
+        main.wait_stream(beside)

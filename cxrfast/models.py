@@ -45,32 +45,40 @@ class Noise:
 
     Every process draws the bytes of the whole global batch and keeps those of its own rows, so that the masks of a step
     are the same on one device and on several, and nothing but the step number has to be saved to go on exactly. The
-    bytes cost about a twelfth of what `torch.nn.functional.dropout` spends on its floats on a CPU.
+    bytes cost about a twelfth of what `torch.nn.functional.dropout` spends on its floats on a CPU. They lie at the same
+    place in every step of the same size: what was captured as a graph finds them there.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self._seed = seed
         self._generator = torch.Generator(device)
-        self.start_step(0, 0, 0)
+        self._words: dict[int, Tensor] = {}
 
-    def start_step(self, step: int, first_row: int, num_rows_global: int) -> None:
-        """Begin a step whose global batch has ``num_rows_global`` rows, of which ours begin at ``first_row``."""
+    def draw(self, step: int, shapes: Sequence[Sequence[int]], rows: slice, num_rows_global: int) -> list[Tensor]:
+        """One map of bytes for each dropout of a step: uint8 (N, C, H, W) in channels-last order, or (N, C).
+
+        Args:
+            step: number of the step; the same gives the same bytes.
+            shapes: (C, H, W) or (C,), of one film (`ChestNet.noise_shapes`).
+            rows: ours of the global batch's rows, N of them.
+            num_rows_global: rows of the global batch.
+        """
         self._generator.manual_seed(mix_seed(self._seed, step))
-        self._first_row, self._num_rows = first_row, num_rows_global
+        return [self._draw(number, shape, rows, num_rows_global) for number, shape in enumerate(shapes)]
 
-    def bytes_of(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """uint8 random bytes, (N, C, H, W) in channels-last order or (N, C)."""
-        rows, row_nbytes = shape[0], math.prod(shape[1:])
-        all_rows = max(self._num_rows, self._first_row + rows)
-        words = torch.empty(-(-all_rows * row_nbytes // 8), dtype=torch.int64, device=device)
+    def _draw(self, number: int, shape: Sequence[int], rows: slice, num_rows: int) -> Tensor:
+        row_nbytes = math.prod(shape)
+        count = -(-num_rows * row_nbytes // 8)
+        words = self._words.get(number)
+        if words is None or len(words) < count:
+            words = self._words[number] = torch.empty(count, dtype=torch.int64, device=self._generator.device)
         # random_() without bounds draws 63 bits and leaves the sign bit 0, which would bias every eighth byte.
-        words.random_(-(2**63), None, generator=self._generator)
-        begin = self._first_row * row_nbytes
-        drawn = words.view(torch.uint8)[begin : begin + rows * row_nbytes]
-        if len(shape) == 4:
-            N, C, H, W = shape
-            return drawn.view(N, H, W, C).permute(0, 3, 1, 2)
-        return drawn.view(*shape)
+        words[:count].random_(-(2**63), None, generator=self._generator)
+        drawn = words.view(torch.uint8)[rows.start * row_nbytes : rows.stop * row_nbytes]
+        if len(shape) == 3:
+            C, H, W = shape
+            return drawn.view(-1, H, W, C).permute(0, 3, 1, 2)
+        return drawn.view(-1, *shape)
 
 
 def mix_seed(*parts: int) -> int:
@@ -87,29 +95,20 @@ def mix_seed(*parts: int) -> int:
 class Dropout(nn.Module):
     """Dropout whose mask comes from `Noise` bytes. The probability is ``p`` rounded to 1/256: 0.25 is exact.
 
-    Without a noise source (a network that nobody trains with `attach_noise`) it is torch's own dropout.
+    Without them it is torch's own dropout.
     """
 
     def __init__(self, p: float = DROPOUT) -> None:
         super().__init__()
         self.threshold = round(p * 256)
-        self.noise: Noise | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         p = self.threshold / 256
         if not self.training or self.threshold == 0:
             return x
-        if self.noise is None:
+        if noise is None:
             return F.dropout(x, p)
-        keep = self.noise.bytes_of(x.shape, x.device) >= self.threshold
-        return x * (keep * (1 / (1 - p))).to(x.dtype)
-
-    def bytes_for(self, x: Tensor) -> Tensor | None:
-        """The random bytes for the pooled map of ``x``; None where nothing is dropped."""
-        if not self.training or self.threshold == 0 or self.noise is None:
-            return None
-        N, C, H, W = x.shape
-        return self.noise.bytes_of((N, C, H // 2, W // 2), x.device)
+        return x * ((noise >= self.threshold) * (1 / (1 - p))).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -123,14 +122,15 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.dropout = Dropout()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fused.usable(x) and (self.dropout.noise is not None or not self.training):
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        drops = self.training and self.dropout.threshold > 0
+        if fused.usable(x) and (noise is not None or not drops):
             x = fused.norm_relu_conv(fused.conv(x, self.conv1), self.norm1, self.conv2)
-            return fused.norm_pool(x, self.norm2, self.dropout.bytes_for(x), self.dropout.threshold)
+            return fused.norm_pool(x, self.norm2, noise if drops else None, self.dropout.threshold)
         x = self.conv1(x)
         x = self.conv2(F.relu(self.norm1(x), inplace=True))
         x = F.relu(F.max_pool2d(self.norm2(x), 2), inplace=True)
-        return self.dropout(x)
+        return self.dropout(x, noise)
 
 
 class ChestNet(nn.Module):
@@ -160,29 +160,30 @@ class ChestNet(nn.Module):
         self.dropout = Dropout()
         self.logits = nn.Linear(HIDDEN + (METADATA_HIDDEN if self.metadata is not None else 0), len(CLASSES))
 
-    def forward(self, images: Tensor, metadata: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, metadata: Tensor | None = None, noise: Sequence[Tensor] | None = None) -> Tensor:
         """Logits, (N, 14), in the order of ``CLASSES``.
 
         Args:
             images: (N, 1, S, S), normalised by the training split's mean and standard deviation.
             metadata: float32 (N, 5), columns ``METADATA``; needed by the multimodal network, ignored by the other.
+            noise: random bytes for the dropouts (`Noise.draw` with `noise_shapes`); None leaves them to torch's
+                generator. Evaluated, the network drops nothing.
         """
         x = images
-        for block in self.blocks:
-            x = block(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if noise is None else noise[number])
         x = x.mean((2, 3)) if self.head == "gap" else x.flatten(1)
         x = F.relu(self.hidden(x))
         if self.metadata is not None:
             if metadata is None:
                 raise ValueError("the multimodal network needs metadata (N, 5)")
             x = torch.cat([x, F.relu(self.metadata(metadata)).to(x.dtype)], 1)
-        return self.logits(self.dropout(x))
+        return self.logits(self.dropout(x, None if noise is None else noise[-1]))
 
-    def attach_noise(self, noise: Noise | None) -> None:
-        """Let every dropout draw from ``noise``; None gives them torch's generator back."""
-        for module in self.modules():
-            if isinstance(module, Dropout):
-                module.noise = noise
+    def noise_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of what its dropouts see of one film, in the order of `forward`'s ``noise``."""
+        sides = [self.size // 2 ** (number + 1) for number in range(len(WIDTHS))]
+        return [*((C, side, side) for C, side in zip(WIDTHS, sides, strict=True)), (self.logits.in_features,)]
 
     def flops_per_image(self, *, training: bool) -> int:
         """Floating-point operations of convolutions and matrix products for one image (a multiply-add counts two).

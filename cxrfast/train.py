@@ -39,12 +39,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cxrfast
+from cxrfast import block as fused
 from cxrfast.auc import AucCounts, AucResult
 from cxrfast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
-from cxrfast.data import Batch, FilmData, Placement, epoch_order, pixel_statistics
+from cxrfast.data import Feed, FilmData, Placement, epoch_order, pixel_statistics
 from cxrfast.devices import (
     AmpDtype,
+    Capture,
     Precision,
+    ReplayedStep,
+    capture_cuda_graph,
     choose_device,
     choose_precision,
     device_name,
@@ -76,6 +80,8 @@ CONFIG, METRICS, BEST, LAST, CHECKPOINT = (
     "last.safetensors",
     "checkpoint",
 )
+
+Switch = Literal["auto", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,10 @@ class TrainConfig:
     """Where the films are kept: in the device's memory, in pinned host memory, or in the mapped file."""
     prefetch: int = 2
     """Batches read ahead when the films are not on the device."""
+    compile: Switch = "auto"
+    """Fuse the network's layers by torch.compile; auto does so on one GPU, and leaves a CPU its own passes."""
+    cuda_graphs: bool = False
+    """Capture the training step once and replay it: spares the host's part where a GPU waits for it. One GPU only."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time, on a GPU too; slower there."""
 
@@ -277,7 +287,7 @@ class _Side:
             torch.zeros((), dtype=torch.int64, device=device),
         )
 
-    def add(self, loss: Tensor, known: int) -> None:
+    def add(self, loss: Tensor, known: int | Tensor) -> None:
         self.loss_sum += loss.detach().double() * known
         self.known += known
 
@@ -333,6 +343,9 @@ class Trainer:
         self.split = make_split(config.split, self.store.index)
         if config.batch_size < world.size:
             raise InputError(f"--batch-size {config.batch_size} leaves some of the {world.size} devices without a film")
+        if config.cuda_graphs and (device.type != "cuda" or world.size > 1):
+            here = "a CPU" if device.type != "cuda" else f"{world.size} devices"
+            raise InputError(f"--cuda-graphs is for one GPU, and this run is on {here}; leave the option out")
         self.recorded = self._open_run()
         self.precision = self._precision()
         _set_determinism(config.deterministic, device)
@@ -347,13 +360,15 @@ class Trainer:
             torch.manual_seed(mix_seed(config.seed))
             self.net = ChestNet(self.store.size, config.model, config.head)
         self.noise = Noise(config.seed, device)
-        self.net.attach_noise(self.noise)
         self.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model: torch.nn.Module = self.net
         if world.size > 1:
             synchronise_norms(self.net, device)
             self.model = DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.optimizer = Adam(self.net.parameters(), config.lr, fused=True)
+        self._compiled: Callable[..., Any] | None = None
+        if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda" and world.size == 1):
+            self._compiled = torch.compile(self.model, dynamic=False)
+        self.optimizer = Adam(self.net.parameters(), config.lr, fused=True, capturable=config.cuda_graphs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
         weights = class_weights(self.store.targets[self.split.train], config.weighting)
         self.criterion = WeightedBCEWithAUC(*weights).to(device)
@@ -363,7 +378,11 @@ class Trainer:
         self.stopping = False  # all processes agree on it, unlike on what their signals say
         self._saved_at = time.monotonic()
         self._save_s = 0.0
+        self._step_number = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._replayed: ReplayedStep | None = None
+        if config.cuda_graphs:
+            self.replay_steps(capture_cuda_graph)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to where something asks for a stop."""
@@ -388,32 +407,68 @@ class Trainer:
 
     # ---- the arithmetic ----
 
+    def replay_steps(self, capture: Capture) -> None:
+        """Have every full batch's step replayed from what ``capture`` makes of it, once it has run a few times.
+
+        The step then reads its batch, dropout's bytes and its own number from tensors of fixed place, and leaves its
+        loss in one; nothing in it asks the device for a value. An epoch's last, shorter batch is stepped as ever.
+        """
+        self._replayed = ReplayedStep(lambda *feed: self._step(Feed(*feed), 1.0, None), capture, self.device)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether the host looks at every step: on a CPU, where that costs nothing."""
+        return self.device.type == "cpu" and self._replayed is None
+
     def start_step(self, num_rows: int) -> None:
         """Before `train_step`: place dropout's noise at this step of a global batch of ``num_rows`` films."""
         step = (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
-        self.noise.start_step(step, self.world.share(num_rows).start, num_rows)
-        if self.device.type == "cpu":  # what the forward pass changes, so that a bad step can be undone
+        self._step_number.fill_(step)
+        self._noise = self.noise.draw(step, self.net.noise_shapes(), self.world.share(num_rows), num_rows)
+        self._is_full = num_rows == self.config.batch_size
+        if self._is_watched:  # what the forward pass changes, so that a bad step can be undone
             self._buffers = [buffer.clone() for buffer in self.net.buffers()]
 
-    def train_step(self, batch: Batch, known_share: float = 1.0, known: int | None = None) -> Tensor:
+    def train_step(self, feed: Feed, known_share: float = 1.0, known: int | None = None) -> Tensor:
         """Forward, backward, update; returns the loss of this process's rows, still on the device.
 
         Args:
-            batch: this process's rows.
+            feed: this process's rows.
             known_share: their known labels over those of the global batch, times the number of processes, so that the
                 average of the processes' gradients is the gradient of the global mean.
-            known: known labels of these rows, for the epoch's mean.
+            known: known labels of these rows, for the epoch's mean; None has the device count them.
         """
+        if self._replayed is not None and self._is_full:
+            return self._replayed(*feed)
+        return self._step(feed, known_share, known)
+
+    def _step(self, feed: Feed, known_share: float, known: int | None) -> Tensor:
+        batch = self.data.make_batch(feed)
         with torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.name != "fp32"):
-            logits = self.model(batch.images, batch.metadata)
+            logits = self._forward(batch.images, batch.metadata, self._noise)
         loss: Tensor = self.criterion(logits, batch.targets, self.train_side.counts)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * known_share if known_share != 1.0 else loss).backward()
         self._guard(loss, logits, batch.targets)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.train_side.add(loss, batch.targets.numel() if known is None else known)
-        return loss
+        self.train_side.add(loss, torch.isfinite(batch.targets).sum() if known is None else known)
+        return loss.detach()
+
+    def _forward(self, *arguments: Any) -> Tensor:
+        """The network, compiled where that was chosen; an epoch's last batch has a size of its own and is not."""
+        if self._compiled is None or not self._is_full:
+            logits: Tensor = self.model(*arguments)
+            return logits
+        try:
+            return self._compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if self.config.compile == "yes":
+                raise InputError(f"--compile yes: torch.compile fails here ({why}); use --compile no") from error
+            self.say(f"network: as it is, because torch.compile fails here ({why})")
+            self._compiled = None
+            return self._forward(*arguments)
 
     def _train_epoch(self, rate: float) -> dict[str, float | None]:
         """The rest of the present epoch; returns its speed, of which ``rate`` is the matrix product's FLOP/s."""
@@ -432,11 +487,11 @@ class Trainer:
         begin = time.perf_counter()
         paused, images = 0.0, 0
         with self._bar(f"epoch {position.epoch}/{config.epochs}", len(order), position.step * config.batch_size) as bar:
-            for rows, own_rows, batch in zip(batches, ours, self.data.batches(ours), strict=True):
+            for rows, own_rows, feed in zip(batches, ours, self.data.feeds(ours), strict=True):
                 self.start_step(len(rows))
                 known, all_known = int(self.known[own_rows].sum()), int(self.known[rows].sum())
                 share = known * self.world.size / max(1, all_known) if self.world.size > 1 else 1.0
-                loss = self.train_step(batch, share, known)
+                loss = self.train_step(feed, share, known)
                 position.step += 1
                 images += len(rows)
                 if bar.update(len(rows)):  # true only when the bar is drawn: the one time that the host waits
@@ -481,27 +536,27 @@ class Trainer:
     def _guard(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Note the first step whose loss or gradient is not finite.
 
-        On a CPU the step is undone and the state before it saved. A GPU is not waited for at every step: there the bad
-        step is seen when the bar is drawn, and the last saved state is the one before it that counts.
+        Where the host looks at every step, it is undone and the state before it saved. A GPU is not waited for: there
+        the bad step is seen when the bar is drawn, and the last saved state is the one before it that counts.
         """
         bad = ~torch.isfinite(loss.detach())
         if not self.scaler.is_enabled():  # with loss scaling a gradient that overflows is expected, and skipped
             grads = [p.grad for p in self.net.parameters() if p.grad is not None]
             bad = bad | ~torch.isfinite(torch.nn.utils.get_total_norm(grads))
-        step = (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
-        if self.device.type == "cpu":
-            if self.world.any([bool(bad)])[0]:
-                self._first_bad_step.fill_(step)
-                with torch.no_grad():
-                    for buffer, kept in zip(self.net.buffers(), self._buffers, strict=True):
-                        buffer.copy_(kept)
-                counted = AucCounts(len(CLASSES), self.device)
-                counted.update(logits, targets)
-                self.train_side.counts.counts -= counted.counts
-                self._save()
-                self._raise_if_bad()
+        if not self._is_watched:
+            seen = torch.where(bad & (self._first_bad_step < 0), self._step_number, self._first_bad_step)
+            self._first_bad_step.copy_(seen)
             return
-        self._first_bad_step = torch.where(bad & (self._first_bad_step < 0), step, self._first_bad_step)
+        if self.world.any([bool(bad)])[0]:
+            self._first_bad_step.copy_(self._step_number)
+            with torch.no_grad():
+                for buffer, kept in zip(self.net.buffers(), self._buffers, strict=True):
+                    buffer.copy_(kept)
+            counted = AucCounts(len(CLASSES), self.device)
+            counted.update(logits, targets)
+            self.train_side.counts.counts -= counted.counts
+            self._save()
+            self._raise_if_bad()
 
     def _raise_if_bad(self) -> None:
         step = int(self._first_bad_step)
@@ -733,9 +788,21 @@ class Trainer:
         devices = f"{self.world.size} x {device_name(self.device)}" if self.world.size > 1 else device_name(self.device)
         self.say(f"device: {devices}; matrix product {rate / 1e9:,.0f} GFLOP/s")
         self.say(self.precision.line)
+        self.say(self._network_line())
         self.say(self.data.line)
         if position.epoch > 1 or position.step:
             self.say(f"going on in epoch {position.epoch} after step {position.step} of {self.steps_per_epoch}")
+
+    def _network_line(self) -> str:
+        """How the network is run, and why."""
+        asked = "as asked" if self.config.compile != "auto" else "the default on a GPU, where its gain was not measured"
+        if self._compiled is not None:
+            line = f"network: torch.compile ({asked}), which takes the first step minutes"
+        elif self.device.type == "cpu" and not fused.MISSING:
+            line = "network: eager, with compiled passes for batch norm and what follows it"
+        else:
+            line = "network: eager"
+        return line + ("; steps are replayed as a CUDA graph" if self._replayed is not None else "")
 
     def _result(self, state: str) -> dict[str, Any]:
         metrics = read_metrics(self.config.run)

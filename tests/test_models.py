@@ -54,7 +54,7 @@ def test_is_the_papers_network(size, model, head, way):
     net = ChestNet(size, model, head).double()
     paper.copy_to(net)
     net.to(dtype).to(memory_format=torch.channels_last)
-    net.attach_noise(Noise(0))
+    noise = Noise(0).draw(0, net.noise_shapes(), slice(0, 3), 3)
     for module in (*paper.modules(), *net.modules()):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -67,7 +67,7 @@ def test_is_the_papers_network(size, model, head, way):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * max(1.0, scale))
 
     for _ in range(2):  # the second step sees what the first has left in the running statistics
-        expected, found = paper(images, metadata), net(images.to(dtype), metadata.to(dtype))
+        expected, found = paper(images, metadata), net(images.to(dtype), metadata.to(dtype), noise)
         assert_close(found, expected)
         paper.zero_grad()
         net.zero_grad()
@@ -117,14 +117,14 @@ def test_flops_are_those_that_torch_counts(size, model):
 
 
 class TestDropout:
-    def make(self, seed: int = 0, step: int = 0, first: int = 0, rows: int = 8) -> Dropout:
-        dropout = Dropout()
-        dropout.noise = Noise(seed)
-        dropout.noise.start_step(step, first, rows)
-        return dropout
+    def drop(self, x: torch.Tensor, seed: int = 0, step: int = 0, rows: slice | None = None) -> torch.Tensor:
+        """What dropout makes of rows of ``x``, all if not given."""
+        own = rows or slice(0, len(x))
+        (noise,) = Noise(seed).draw(step, [x.shape[1:]], own, len(x))
+        return Dropout()(x[own], noise)
 
     def test_drops_a_quarter_and_keeps_the_mean(self):
-        out = self.make()(torch.ones(8, 64, 50, 50))
+        out = self.drop(torch.ones(8, 64, 50, 50))
         assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
         assert abs((out == 0).float().mean().item() - 0.25) < 0.002  # five standard deviations of 1.28 M draws
         # each of the eight bytes of a word is as random as the others
@@ -132,32 +132,42 @@ class TestDropout:
 
     def test_is_a_function_of_seed_and_step(self):
         x = torch.ones(8, 4, 6, 6)
-        assert torch.equal(self.make(1, 5)(x), self.make(1, 5)(x))
-        assert not torch.equal(self.make(1, 5)(x), self.make(1, 6)(x))
-        assert not torch.equal(self.make(1, 5)(x), self.make(2, 5)(x))
-        dropout = self.make(1, 5)
-        assert not torch.equal(dropout(x), dropout(x))  # two layers of one step differ
+        assert torch.equal(self.drop(x, 1, 5), self.drop(x, 1, 5))
+        assert not torch.equal(self.drop(x, 1, 5), self.drop(x, 1, 6))
+        assert not torch.equal(self.drop(x, 1, 5), self.drop(x, 2, 5))
+        one, other = Noise(1).draw(5, [(4, 6, 6)] * 2, slice(0, 8), 8)
+        assert not torch.equal(one, other)  # two layers of one step differ
+
+    def test_does_not_depend_on_what_was_drawn_before_and_stays_in_its_place(self):
+        noise, shapes = Noise(3), [(4, 6, 6), (11,)]
+        first = noise.draw(1, shapes, slice(0, 8), 8)
+        places, values = [t.data_ptr() for t in first], [t.clone() for t in first]
+        short = noise.draw(2, shapes, slice(0, 3), 3)
+        assert all(torch.equal(a, b) for a, b in zip(short, Noise(3).draw(2, shapes, slice(0, 3), 3), strict=True))
+        again = noise.draw(1, shapes, slice(0, 8), 8)
+        assert [t.data_ptr() for t in again] == places
+        assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
 
     @pytest.mark.parametrize("shape", [(7, 3, 5, 5), (7, 11)])
     def test_rows_of_a_share_are_rows_of_the_whole(self, shape):
         x = torch.ones(shape)
-        whole = self.make(rows=7)(x)
+        whole = self.drop(x)
         for first, stop in ((0, 3), (3, 7), (7, 7)):
-            assert torch.equal(self.make(first=first, rows=7)(x[first:stop]), whole[first:stop])
+            assert torch.equal(self.drop(x, rows=slice(first, stop)), whole[first:stop])
 
     def test_does_not_depend_on_the_memory_format(self):
         x = torch.randn(8, 4, 6, 6)
-        assert torch.equal(self.make()(x), self.make()(x.contiguous(memory_format=torch.channels_last)))
+        assert torch.equal(self.drop(x), self.drop(x.contiguous(memory_format=torch.channels_last)))
 
     def test_gradient_is_the_mask(self):
         x = torch.randn(8, 4, 6, 6, requires_grad=True)
-        out = self.make()(x)
+        out = self.drop(x)
         out.sum().backward()
         torch.testing.assert_close(x.grad, torch.where(out == 0, 0.0, 1 / 0.75))
 
     def test_evaluation_changes_nothing(self):
         x = torch.randn(8, 4)
-        assert torch.equal(self.make().eval()(x), x)
+        assert torch.equal(Dropout().eval()(x), x)
 
 
 def test_seeds_differ():
