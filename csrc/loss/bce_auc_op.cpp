@@ -3,7 +3,7 @@
 // weighted_bce_auc returns the mean loss over the known entries, the gradient of the *sum* of the losses, and the
 // number of known entries: the mean's divisor is known only after the last entry was read, and the backward pass
 // multiplies by the incoming gradient anyway, so that it divides on the same way. Fake kernels and the autograd formula
-// are cxrfast/loss.py's.
+// are cxrfast/loss_op.py's.
 #include "bce_auc_op.h"
 
 #include <tuple>
