@@ -3,8 +3,8 @@
 `torch.ops.cxrfast.weighted_bce_auc(logits, targets, pos_weight, class_weight, counts) -> (loss, grad, known)` returns
 the mean loss over the known entries, the gradient of the *sum* of the losses by the logits, and the number of known
 entries, and adds the scores to ``counts``; its loss is differentiable once. An eager step on the CPU takes the same
-kernels past the dispatcher, whose way costs more than a small batch's arithmetic. Where a library was not built or does not
-load, `MISSING` says so and `cxrfast.loss` and `cxrfast.auc` compute the same in plain torch.
+kernels past the dispatcher, whose way costs more than a small batch's arithmetic. Where a library was not built or does
+not load, `MISSING` says so and `cxrfast.loss` and `cxrfast.auc` compute the same in plain torch.
 """
 
 from __future__ import annotations
