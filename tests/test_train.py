@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -541,11 +542,14 @@ def test_seconds():
     assert [seconds_of(text) for text in ("", "8h30m", "45m", "90s", "1h1s")] == [math.inf, 30600, 2700, 90, 3601]
 
 
-def run_command(store, run: Path, *options: str, **popen) -> subprocess.Popen:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run_command(store, run: Path, *options: str, launcher: Sequence[str] = (), **popen) -> subprocess.Popen:
     arguments = [str(store.path), str(run), "--batch-size", str(BATCH), "--head", "gap", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     return subprocess.Popen(
-        [sys.executable, "-m", "cxrfast.cli.train", *arguments],
+        [sys.executable, *launcher, "-m", "cxrfast.cli.train", *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen,
     )  # fmt: skip
 
@@ -577,10 +581,13 @@ class TestTwoProcesses:
         assert int(state.tensors["train.counts"][1].sum()) == config["split"]["train"]
         assert config["split"]["train"] % BATCH % 2 == 1
 
-    def test_one_process_goes_on_where_two_stopped_and_back(self, store, undisturbed, tmp_path):
+    def test_one_process_goes_on_where_torchrun_started_two(self, store, undisturbed, tmp_path):
         run = tmp_path / "run"
-        process = run_command(store, run, "--epochs", "1", "--devices", "2")
-        assert process.wait(300) == 0
+        process = run_command(store, run, "--epochs", "1", launcher=TORCHRUN)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["state"] == "complete"
+        assert json.loads((run / "config.json").read_text())["processes"] == 2
         train(config(store, run, resume=True), quiet)
         for found, expected in zip(read_metrics(run), read_metrics(undisturbed), strict=True):
             assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
