@@ -34,7 +34,7 @@ uint64_t memory_of(size_t file_nbytes, const Chunks& chunks, uint32_t size) {
   const Header& header = chunks.header;
   uint64_t nbytes = file_nbytes + chunks.idat_nbytes + header.filtered_nbytes() + 3 * kPad;
   if (!is_grey8(header)) nbytes += pixels_of(header) + header.height;
-  if (size > 0) nbytes += resample_nbytes(header.width, header.height, size);
+  nbytes += size > 0 ? resample_nbytes(header.width, header.height, size) : unfilter_nbytes(header.width);
   return nbytes;
 }
 
@@ -282,12 +282,27 @@ Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* g
   if (memory_of(0, chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
   Film& film = films_[0];
   film.chunks = chunks;
-  Status status = film.open_stream(file, false, isa);
+  const Header& header = chunks.header;
+  const bool may_extract = !is_grey8(header) && may_be_one_plane(header);
+  Status status = film.open_stream(file, may_extract, isa);
   if (status.ok()) {
     inflate_zlib(&film.stream, 1, isa);
     status = film.stream_status(file);
   }
-  if (status.ok()) status = rows_to_grey(chunks, film.rows.data(), film.line.data(), grey);
+  if (status.ok()) {
+    const uint8_t* plane = nullptr;
+    if (is_grey8(header)) {
+      plane = film.rows.data();
+    } else if (may_extract && extract_plane(header, film.rows.data(), film.grey.data())) {
+      plane = film.grey.data();
+    }
+    if (plane != nullptr) {
+      status = unfilter_grey8(plane, header.width, header.height, grey, scratch_, isa);
+      if (status.code == Code::kCorrupt) status.offset = static_cast<int64_t>(chunks.idat_offset);
+    } else {
+      status = rows_to_grey(chunks, film.rows.data(), film.line.data(), grey);
+    }
+  }
   film.trim();
   return status;
 }

@@ -136,26 +136,55 @@ Status resample_groups(const Resampler& resampler, const PixelKernels& kernels, 
   return {};
 }
 
-Status unfilter_resample(const PixelJob& job, const PixelKernels& kernels, Scratch& scratch) {
-  const size_t width = job.width, row_nbytes = width + 1;
-  for (size_t y = 0; y < job.height; ++y) {
-    if (job.rows[y * row_nbytes] > kPaeth) {
-      return {Code::kCorrupt, reason::kRowFilter, static_cast<int64_t>(y * row_nbytes)};
+Status check_filters(const uint8_t* rows, size_t width, size_t height) {
+  for (size_t y = 0; y < height; ++y) {
+    if (rows[y * (width + 1)] > kPaeth) {
+      return {Code::kCorrupt, reason::kRowFilter, static_cast<int64_t>(y * (width + 1))};
     }
   }
-  if (job.resampler->vertical_first) {
-    const Status status = unfilter(job.rows, job.height, width, 1);
-    return status.ok() ? resample_vertical_first(*job.resampler, job.rows + 1, row_nbytes, job.out, scratch) : status;
+  return {};
+}
+
+// Un-filters rows of 8-bit grey group by group, from the first one on; remembers the last row of the group before.
+class GroupUnfilter {
+ public:
+  GroupUnfilter(const uint8_t* rows, size_t width, const PixelKernels& kernels)
+      : rows_(rows), width_(width), kernels_(kernels) {}
+
+  static uint64_t scratch_nbytes(uint64_t width) { return kAboveLead + width + kAboveTail; }
+
+  bool reserve(Scratch& scratch) {
+    if (!scratch.above.reserve(scratch_nbytes(width_))) return false;
+    std::memset(scratch.above.data(), 0xff, scratch_nbytes(width_));
+    above_ = scratch.above.data() + kAboveLead;
+    return true;
   }
-  if (!scratch.above.reserve(kAboveLead + width + kAboveTail)) return kNoMemory;
-  uint8_t* above = scratch.above.data() + kAboveLead;
-  std::memset(above - kAboveLead, 0xff, kAboveLead + width + kAboveTail);
-  return resample_groups(*job.resampler, kernels, job.out, scratch,
-                         [&](size_t y, size_t count, uint8_t* window, size_t stride) {
-                           kernels.unfilter_rows(job.rows + y * row_nbytes, count, width, above, window, stride);
-                           const uint8_t* last = window + (count - 1) * stride;
-                           for (size_t x = 0; x < width; ++x) above[x] = static_cast<uint8_t>(~last[x]);
-                         });
+
+  // Rows y .. y + count - 1 into the window.
+  void operator()(size_t y, size_t count, uint8_t* window, size_t stride) {
+    kernels_.unfilter_rows(rows_ + y * (width_ + 1), count, width_, above_, window, stride);
+    const uint8_t* last = window + (count - 1) * stride;
+    for (size_t x = 0; x < width_; ++x) above_[x] = static_cast<uint8_t>(~last[x]);
+  }
+
+ private:
+  const uint8_t* rows_;
+  const size_t width_;
+  const PixelKernels& kernels_;
+  uint8_t* above_ = nullptr;
+};
+
+Status unfilter_resample(const PixelJob& job, const PixelKernels& kernels, Scratch& scratch) {
+  const size_t width = job.width;
+  const Status status = check_filters(job.rows, width, job.height);
+  if (!status.ok()) return status;
+  if (job.resampler->vertical_first) {
+    unfilter(job.rows, job.height, width, 1);
+    return resample_vertical_first(*job.resampler, job.rows + 1, width + 1, job.out, scratch);
+  }
+  GroupUnfilter unfilter_group(job.rows, width, kernels);
+  if (!unfilter_group.reserve(scratch)) return kNoMemory;
+  return resample_groups(*job.resampler, kernels, job.out, scratch, unfilter_group);
 }
 
 }  // namespace
@@ -164,8 +193,12 @@ uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size) {
   const uint64_t longest = most_pairs(std::max(width, height), size) / size + 2 * kTilePairs;
   const uint64_t axes = (most_pairs(width, size) + most_pairs(height, size)) * sizeof(WeightPair) +
                         2 * uint64_t{size} * sizeof(OutputSpan);
-  return axes + kMaxGroupRows * window_stride(width) + size * halved_stride(height) + kCachedTile +
-         4 * kMaxLinesAtOnce * longest + (kAboveLead + width + kAboveTail) + 4 * uint64_t{width};
+  return axes + unfilter_nbytes(width) + size * halved_stride(height) + kCachedTile + 4 * kMaxLinesAtOnce * longest +
+         4 * uint64_t{width};
+}
+
+uint64_t unfilter_nbytes(uint32_t width) {
+  return kMaxGroupRows * window_stride(width) + GroupUnfilter::scratch_nbytes(width);
 }
 
 Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
@@ -190,6 +223,22 @@ void unfilter_resample_grey8(PixelJob* jobs, size_t count, Scratch& scratch, Isa
     const size_t size = job->resampler->horizontal.out;
     kernels.sum_pixels(job->out, size * size, &job->sum, &job->sumsq);
   }
+}
+
+Status unfilter_grey8(const uint8_t* rows, uint32_t width, uint32_t height, uint8_t* grey, Scratch& scratch, Isa isa) {
+  const Status status = check_filters(rows, width, height);
+  if (!status.ok()) return status;
+  const PixelKernels& kernels = pixel_kernels(isa);
+  const size_t stride = window_stride(width);
+  GroupUnfilter unfilter_group(rows, width, kernels);
+  if (!unfilter_group.reserve(scratch) || !scratch.window.reserve(kernels.group_rows * stride)) return kNoMemory;
+  uint8_t* window = scratch.window.data() + kWindowLead;
+  for (size_t y = 0; y < height; y += kernels.group_rows) {
+    const size_t count = std::min<size_t>(kernels.group_rows, height - y);
+    unfilter_group(y, count, window, stride);
+    for (size_t k = 0; k < count; ++k, grey += width) std::memcpy(grey, window + k * stride, width);
+  }
+  return {};
 }
 
 const PixelKernels& pixel_kernels(Isa isa) {

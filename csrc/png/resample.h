@@ -55,6 +55,9 @@ struct Scratch {
 // Bytes of a Resampler and of the Scratch that a film of these sides leaves behind, at most, at any level.
 uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size);
 
+// Bytes of the Scratch that un-filtering rows of this width leaves behind, at most, at any level. Part of the above.
+uint64_t unfilter_nbytes(uint32_t width);
+
 // grey: in_h rows of in_w pixels, stride_bytes apart. out: size * size, row by row.
 // Fails only for want of memory (kTooLarge); out is then unspecified.
 Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
@@ -75,5 +78,9 @@ struct PixelJob {
 
 // Any number of films; the result of each depends on that film alone.
 void unfilter_resample_grey8(PixelJob* jobs, size_t count, Scratch& scratch, Isa isa);
+
+// The same rows, not resized. rows: as in PixelJob, left as they are. grey: width * height, row by row; unspecified
+// when the status, that of a PixelJob, is not ok.
+Status unfilter_grey8(const uint8_t* rows, uint32_t width, uint32_t height, uint8_t* grey, Scratch& scratch, Isa isa);
 
 }  // namespace cxrfast::png

@@ -1,7 +1,8 @@
 // unfilter.h - undoes PNG's five row filters (PNG specification, section 9), for any pixel layout.
 //
 // Promises: every byte of the input is defined by the specification or refused; never reads or writes outside the rows.
-// Left out: 8-bit grey films, the usual case, which unfilter_resample_grey8 (resample.h) takes many rows at a time.
+// Left out: 8-bit grey films, the usual case, which unfilter_grey8 and unfilter_resample_grey8 (resample.h) take many
+// rows at a time.
 #pragma once
 
 #include <cstddef>
