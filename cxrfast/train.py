@@ -346,6 +346,8 @@ class Trainer:
         if config.cuda_graphs and (device.type != "cuda" or world.size > 1):
             here = "a CPU" if device.type != "cuda" else f"{world.size} devices"
             raise InputError(f"--cuda-graphs is for one GPU, and this run is on {here}; leave the option out")
+        if config.compile == "yes" and device.type == "cpu" and world.size > 1:
+            raise InputError("--compile yes is for one process on a CPU (batch norm over several does not compile)")
         self.recorded = self._open_run()
         self.precision = self._precision()
         _set_determinism(config.deterministic, device)
@@ -797,7 +799,7 @@ class Trainer:
         """How the network is run, and why."""
         asked = "as asked" if self.config.compile != "auto" else "the default on a GPU, where its gain was not measured"
         if self._compiled is not None:
-            line = f"network: torch.compile ({asked}), which takes the first step minutes"
+            line = f"network: torch.compile ({asked}); the first step waits for it"
         elif self.device.type == "cpu" and not fused.MISSING:
             line = "network: eager, with compiled passes for batch norm and what follows it"
         else:

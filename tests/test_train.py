@@ -257,6 +257,12 @@ class TestReplay:
     def test_is_refused_where_it_cannot_be_right(self, store, tmp_path):
         with pytest.raises(InputError, match="--cuda-graphs is for one GPU, and this run is on a CPU"):
             train(config(store, tmp_path / "run", device="cpu", cuda_graphs=True), quiet)
+        world = World()
+        world.size = 2
+        with pytest.raises(InputError, match="--cuda-graphs is for one GPU, and this run is on 2 devices"):
+            Trainer(config(store, tmp_path / "run", cuda_graphs=True), world, torch.device("cuda"), quiet)
+        with pytest.raises(InputError, match="--compile yes is for one process on a CPU"):
+            Trainer(config(store, tmp_path / "run", compile="yes"), world, torch.device("cpu"), quiet)
         assert not (tmp_path / "run").exists()
 
 
