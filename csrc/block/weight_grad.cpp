@@ -1,8 +1,13 @@
 // weight_grad.cpp - weight_grad.h. For a group of image rows and each of the nine taps: grad^T (out, pixels) times the
 // shifted rows of x (pixels, in), in tiles of 6 x 16 whose sums stay in twelve registers over the whole group. Twelve
-// sums hide the multiply-add's four cycles of latency at two a cycle; the group stays in the second cache over all
-// tiles.
+// sums hide the multiply-add's four cycles of latency at two a cycle. Both sides are packed first, sixteen channels of
+// x with a border of zeros, and a tile's channels of grad: in the maps themselves the pixels of 256 channels lie 1 KiB
+// apart and fall into four sets of the first cache.
 #include "weight_grad.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -12,29 +17,33 @@ namespace cxrfast {
 namespace {
 
 constexpr int64_t kMaxParts = 16;             // more than a desktop's cores; each part costs a copy of the weights
-constexpr int64_t kGroupNbytes = 192 * 1024;  // of x and grad together: within the 256 KiB second cache of older CPUs
+constexpr int64_t kPanelNbytes = 24 * 1024;   // of x: it stays in a first cache of 32 KiB beside a tile's grad
+constexpr int64_t kGroupNbytes = 160 * 1024;  // of grad: within the 256 KiB second cache of older CPUs, beside x
 constexpr int64_t kTileOut = 6;
 
 #if defined(__x86_64__)
 
-// What a tile goes through: `rows` rows of `pixels` pixels.
-struct Span {
-  const float* x;
-  const float* grad;
-  int64_t rows, pixels, x_stride, grad_stride, in, out;
+// Rows of one image, packed.
+struct Group {
+  int64_t rows, W, in;
 };
 
-// tile (kOut, 16) of the weights += sum over the span's pixels of grad[pixel][0..kOut) * x[pixel][0..16)
+// tile (kOut, 16) of the weights += sum over the group's pixels of grad[pixel][0..kOut) * x[pixel][0..16)
 template <int kOut>
-__attribute__((target("avx2,fma"))) inline void add_tile(const Span& span, float* tile) {
+__attribute__((target("avx2,fma"))) inline void add_tile(const Group& group, const float* x_map, const float* grad_map,
+                                                         float* tile) {
+  const int64_t rows = group.rows, W = group.W;
   __m256 sums[kOut][2];
+#pragma GCC unroll 6
   for (int i = 0; i < kOut; ++i)
-    for (int j = 0; j < 2; ++j) sums[i][j] = _mm256_loadu_ps(tile + i * span.in + 8 * j);
-  for (int64_t row = 0; row < span.rows; ++row) {
-    const float* x = span.x + row * span.x_stride;
-    const float* grad = span.grad + row * span.grad_stride;
-    for (int64_t pixel = 0; pixel < span.pixels; ++pixel, x += span.in, grad += span.out) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) sums[i][j] = _mm256_loadu_ps(tile + i * group.in + 8 * j);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* x = x_map + row * (W + 2) * kWeightGradIn;
+    const float* grad = grad_map + row * W * kOut;
+    for (int64_t pixel = 0; pixel < W; ++pixel, x += kWeightGradIn, grad += kOut) {
       const __m256 low = _mm256_loadu_ps(x), high = _mm256_loadu_ps(x + 8);
+#pragma GCC unroll 6
       for (int i = 0; i < kOut; ++i) {
         const __m256 g = _mm256_broadcast_ss(grad + i);
         sums[i][0] = _mm256_fmadd_ps(g, low, sums[i][0]);
@@ -42,32 +51,60 @@ __attribute__((target("avx2,fma"))) inline void add_tile(const Span& span, float
       }
     }
   }
+#pragma GCC unroll 6
   for (int i = 0; i < kOut; ++i)
-    for (int j = 0; j < 2; ++j) _mm256_storeu_ps(tile + i * span.in + 8 * j, sums[i][j]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) _mm256_storeu_ps(tile + i * group.in + 8 * j, sums[i][j]);
+}
+
+// Sixteen channels of x from rows [begin - 1, end + 1) and columns [-1, W] of one image.
+void pack_x(const WeightGradJob& job, int64_t image, int64_t begin, int64_t end, int64_t channel, float* to) {
+  constexpr int64_t kPixel = kWeightGradIn;
+  for (int64_t row = begin - 1; row <= end; ++row) {
+    const bool inside = row >= 0 && row < job.H;
+    std::fill_n(to, inside ? kPixel : (job.W + 2) * kPixel, 0.0f);
+    if (inside) {
+      const float* from = job.x + (image * job.H + row) * job.W * job.in + channel;
+      for (int64_t pixel = 0; pixel < job.W; ++pixel)
+        std::copy_n(from + pixel * job.in, kPixel, to + (pixel + 1) * kPixel);
+      std::fill_n(to + (job.W + 1) * kPixel, kPixel, 0.0f);
+    }
+    to += (job.W + 2) * kPixel;
+  }
+}
+
+// Channels of a tile, of so many pixels.
+template <int kOut>
+void pack_tile(const float* grad, int64_t pixels, int64_t out, float* to) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) std::copy_n(grad + pixel * out, kOut, to + pixel * kOut);
+}
+
+// Calls visit(number of channels as a constant, first channel) for each tile.
+template <typename Visit>
+inline void for_tiles(int64_t out, Visit&& visit) {
+  int64_t o = 0;
+  for (; o + kTileOut <= out; o += kTileOut) visit(std::integral_constant<int, kTileOut>(), o);
+  for (; o + 4 <= out; o += 4) visit(std::integral_constant<int, 4>(), o);
+  for (; o < out; o += 2) visit(std::integral_constant<int, 2>(), o);
 }
 
 // Rows [begin, end) of one image, as rows of grad.
-__attribute__((target("avx2,fma"))) void add_rows(const WeightGradJob& job, int64_t image, int64_t begin, int64_t end,
-                                                  float* weights) {
-  const int64_t x_stride = job.W * job.in, grad_stride = job.W * job.out;
-  for (int64_t ky = 0; ky < 3; ++ky) {
-    // rows and pixels whose tap falls inside the map
-    const int64_t top = ky == 0 && begin == 0 ? 1 : begin, bottom = ky == 2 && end == job.H ? end - 1 : end;
-    for (int64_t kx = 0; kx < 3 && top < bottom; ++kx) {
-      const int64_t left = kx == 0 ? 1 : 0, right = kx == 2 ? job.W - 1 : job.W;
-      const float* x = job.x + (image * job.H + top + ky - 1) * x_stride + (left + kx - 1) * job.in;
-      const float* grad = job.grad + (image * job.H + top) * grad_stride + left * job.out;
-      float* tap = weights + (ky * 3 + kx) * job.out * job.in;
-      for (int64_t i = 0; i < job.in; i += kWeightGradIn) {
-        int64_t o = 0;
-        const auto span = [&] {
-          return Span{x + i, grad + o, bottom - top, right - left, x_stride, grad_stride, job.in, job.out};
-        };
-        for (; o + kTileOut <= job.out; o += kTileOut) add_tile<kTileOut>(span(), tap + o * job.in + i);
-        for (; o + 4 <= job.out; o += 4) add_tile<4>(span(), tap + o * job.in + i);
-        for (; o < job.out; o += 2) add_tile<2>(span(), tap + o * job.in + i);
+void add_rows(const WeightGradJob& job, int64_t image, int64_t begin, int64_t end, float* packed_x, float* packed_grad,
+              float* weights) {
+  const Group group{end - begin, job.W, job.in};
+  const int64_t pixels = group.rows * job.W;
+  const float* grad = job.grad + (image * job.H + begin) * job.W * job.out;
+  for_tiles(job.out,
+            [&](auto tile, int64_t o) { pack_tile<tile>(grad + o, pixels, job.out, packed_grad + o * pixels); });
+  for (int64_t i = 0; i < job.in; i += kWeightGradIn) {
+    pack_x(job, image, begin, end, i, packed_x);
+    for (int64_t ky = 0; ky < 3; ++ky)
+      for (int64_t kx = 0; kx < 3; ++kx) {
+        const float* x = packed_x + (ky * (job.W + 2) + kx) * kWeightGradIn;
+        float* tap = weights + (ky * 3 + kx) * job.out * job.in + i;
+        for_tiles(job.out,
+                  [&](auto tile, int64_t o) { add_tile<tile>(group, x, packed_grad + o * pixels, tap + o * job.in); });
       }
-    }
   }
 }
 
@@ -91,8 +128,11 @@ int64_t weight_grad_parts(const WeightGradJob& job) {
 void weight_grad_run(const WeightGradJob& job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
   const int64_t rows = job.N * job.H, parts = weight_grad_parts(job);
-  const int64_t fitting = kGroupNbytes / (job.W * (job.in + job.out) * int64_t(sizeof(float)));
-  const int64_t group = fitting > 1 ? fitting : 1;
+  const int64_t row_nbytes = job.W * int64_t(sizeof(float));
+  const int64_t fitting = std::min(kPanelNbytes / (row_nbytes * kWeightGradIn), kGroupNbytes / (row_nbytes * job.out));
+  const int64_t group = std::max<int64_t>(1, fitting);
+  std::vector<float> packed_x(size_t((group + 2) * (job.W + 2) * kWeightGradIn));
+  std::vector<float> packed_grad(size_t(group * job.W * job.out));
   for (int64_t part = begin; part < end; ++part) {
     const int64_t stop = rows * (part + 1) / parts;
     for (int64_t row = rows * part / parts, next; row < stop; row = next) {
@@ -100,7 +140,8 @@ void weight_grad_run(const WeightGradJob& job, int64_t begin, int64_t end) {
       const int64_t image_end = (row / job.H + 1) * job.H;
       if (next > image_end) next = image_end;
       const int64_t image = row / job.H;
-      add_rows(job, image, row - image * job.H, next - image * job.H, job.partial + part * 9 * job.out * job.in);
+      add_rows(job, image, row - image * job.H, next - image * job.H, packed_x.data(), packed_grad.data(),
+               job.partial + part * 9 * job.out * job.in);
     }
   }
 #else
