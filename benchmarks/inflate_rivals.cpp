@@ -54,7 +54,7 @@ class Feed final : public InflateFeed {
     const size_t kept = out_.size() == jobs_.size() ? next_ : buffer;
     busy_[buffer] = true;
     InflateJob& job = jobs_[next_++];
-    job = {film.stream.data(), film.stream_nbytes(), out_[kept].data(), film.truth.size(), {}};
+    job = {film.stream.data(), film.stream_nbytes(), out_[kept].data(), film.truth.size(), {}, 0};
     buffer_of_.emplace_back(&job, buffer);
     return &job;
   }

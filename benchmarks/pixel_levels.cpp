@@ -58,6 +58,7 @@ int main(int, char** arguments) {
   }
 
   Scratch scratch;
+  RowGroups groups;
   std::vector<uint8_t> rows, window, above, out(size_t{size} * size), plain(out.size());
   for (int round = 0; round < rounds; ++round) {
     for (size_t i = 0; i < films.size(); ++i) {
@@ -76,15 +77,13 @@ int main(int, char** arguments) {
         const std::string name = isa_name(isa);
         time(name + " un-filter", [&] { unfilter_only(film, rows.data(), pixel_kernels(isa), window, above); });
         time(name + " resample",
-             [&] { resample(resampler, grey.data() + 1, size_t{film.width} + 1, plain.data(), scratch, isa); });
+             [&] { resample(resampler, grey.data() + 1, size_t{film.width} + 1, plain.data(), groups, scratch, isa); });
         time(name + " both", [&] {
           PixelJob job;
           job.rows = rows.data();
-          job.width = film.width;
-          job.height = film.height;
           job.resampler = &resampler;
           job.out = out.data();
-          unfilter_resample_grey8(&job, 1, scratch, isa);
+          unfilter_resample_grey8(job, groups, scratch, isa);
         });
         if (out != plain) return 1;  // two ways that share no un-filter
       }

@@ -60,26 +60,23 @@ void run_wavefront(const uint8_t* rows, uint32_t height, size_t width, uint8_t* 
 void run_resample(const uint8_t* grey, uint32_t width, uint32_t height, size_t stride_bytes, uint32_t size,
                   uint8_t* out, int level) {
   Scratch scratch;
-  resample(Resampler(width, height, size), grey, stride_bytes, out, scratch, static_cast<Isa>(level));
+  RowGroups groups;
+  resample(Resampler(width, height, size), grey, stride_bytes, out, groups, scratch, static_cast<Isa>(level));
 }
 
 // count films of one size of result; rows, widths, heights, outs and endings have one entry each.
 void run_films(uint8_t* const* rows, const uint32_t* widths, const uint32_t* heights, uint32_t size,
                uint8_t* const* outs, size_t count, int level, Ending* endings) {
   static thread_local Scratch scratch;  // used again with other sizes, as decoders do
-  std::vector<Resampler> resamplers;
-  std::vector<PixelJob> jobs(count);
-  for (size_t i = 0; i < count; ++i) resamplers.emplace_back(widths[i], heights[i], size);
+  static thread_local RowGroups groups;
   for (size_t i = 0; i < count; ++i) {
-    jobs[i].rows = rows[i];
-    jobs[i].width = widths[i];
-    jobs[i].height = heights[i];
-    jobs[i].resampler = &resamplers[i];
-    jobs[i].out = outs[i];
-  }
-  unfilter_resample_grey8(jobs.data(), count, scratch, static_cast<Isa>(level));
-  for (size_t i = 0; i < count; ++i) {
-    endings[i] = {static_cast<int32_t>(jobs[i].status.code), jobs[i].status.offset, jobs[i].sum, jobs[i].sumsq};
+    const Resampler resampler(widths[i], heights[i], size);
+    PixelJob job;
+    job.rows = rows[i];
+    job.resampler = &resampler;
+    job.out = outs[i];
+    unfilter_resample_grey8(job, groups, scratch, static_cast<Isa>(level));
+    endings[i] = {static_cast<int32_t>(job.status.code), job.status.offset, job.sum, job.sumsq};
   }
 }
 

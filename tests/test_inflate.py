@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
+SEGMENTS = (0, 999, 70_000)  # bytes at a time; 0: all at once
 SOURCES = ["inflate", "inflate_careful", "inflate_portable", "inflate_avx2", "adler32", "isa"]
 CAREFUL = 255
 CORRUPT = 1
@@ -55,11 +56,11 @@ class Driver:
         best = subprocess.run([self.binary, "levels"], check=True, capture_output=True, text=True).stdout.strip()
         self.levels = list(range(["portable", "avx2", "avx512"].index(best) + 1))
 
-    def run(self, level: int, *groups: Sequence[Job]) -> list[Result]:
+    def run(self, level: int, *groups: Sequence[Job], segment: int = 0) -> list[Result]:
         """One call of the decoder per group, in order; the results of all jobs in one list."""
         parts = []
         for jobs in groups:
-            parts.append(struct.pack("<BI", level, len(jobs)))
+            parts.append(struct.pack("<BII", level, len(jobs), segment))
             parts += [struct.pack("<QQ", len(job.stream), job.out_nbytes) + job.stream for job in jobs]
         done = subprocess.run([self.binary], input=b"".join(parts), capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
@@ -82,8 +83,8 @@ class Driver:
             assert verdict.out == by_zlib(job), (verdict, job.out_nbytes, job.stream[:100])
             assert (verdict.code == 0) == (verdict.message == "" and verdict.offset == -1)
             assert verdict.code in (0, CORRUPT) and verdict.offset <= len(job.stream)
-        for level in self.levels:
-            assert self.run(level, *groups) == verdicts
+        for level, segment in itertools.product(self.levels, SEGMENTS):
+            assert self.run(level, *groups, segment=segment) == verdicts
         return verdicts
 
 
@@ -311,7 +312,8 @@ def test_real_films(fast_driver: Driver, films: list[Path]) -> None:
         truth = [zlib.decompress(job.stream) for job in jobs]
         groups = [jobs[at : at + 5] for at in range(0, len(jobs), 5)]
         for level in fast_driver.levels:
-            assert [result.out for result in fast_driver.run(level, *groups)] == truth
+            for segment in (0, 64 * 1025):
+                assert [result.out for result in fast_driver.run(level, *groups, segment=segment)] == truth
         assert [result.out for result in fast_driver.run(CAREFUL, jobs[::10])] == truth[::10]
 
 

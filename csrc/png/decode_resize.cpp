@@ -20,7 +20,10 @@ constexpr size_t kKeptNbytes = size_t{8} << 20;
 
 // Source sizes whose coefficients are kept. A data set has one; a mixed folder may have many.
 constexpr size_t kKeptResamplers = 16;
-static_assert(kKeptResamplers > kFilmsInFlight, "the films under way hold pointers to as many");
+
+// The least that is un-filtered at a time, so that sliding inflate's window (32 KiB) costs little beside it; with three
+// films under way all of it stays in a second-level cache of 512 KiB.
+constexpr size_t kLeastSegmentNbytes = size_t{64} << 10;
 
 bool is_grey8(const Header& header) {
   return header.color_type == ColorType::kGrey && header.bit_depth == 8 && !header.interlaced;
@@ -64,21 +67,10 @@ Status rows_to_grey(const Chunks& chunks, uint8_t* rows, uint8_t* line, uint8_t*
   return {};
 }
 
-// Of the pixels and of their squares.
-void add_sums(const uint8_t* image, size_t nbytes, int64_t* sum_ret, int64_t* sumsq_ret) {
-  int64_t sum = 0, sumsq = 0;
-  constexpr size_t kBlock = 4096;  // 4096 * 255^2 fits in 32 bits, which vectorises twice as wide
-  for (size_t at = 0; at < nbytes; at += kBlock) {
-    uint32_t block_sum = 0, block_sumsq = 0;
-    for (size_t i = at; i < std::min(at + kBlock, nbytes); ++i) {
-      block_sum += image[i];
-      block_sumsq += uint32_t{image[i]} * image[i];
-    }
-    sum += block_sum;
-    sumsq += block_sumsq;
-  }
-  *sum_ret = sum;
-  *sumsq_ret = sumsq;
+// Filtered rows of an 8-bit grey film that go from inflate to the pixels at a time, in bytes.
+size_t segment_nbytes_of(const Header& header, Isa isa) {
+  const size_t group = RowGroups::group_rows(isa) * (size_t{header.width} + 1);
+  return group * ((kLeastSegmentNbytes + group - 1) / group);
 }
 
 }  // namespace
@@ -88,26 +80,33 @@ struct FilmDecoder::Film {
   uint64_t memory = 0;     // what the film counts for
   Chunks chunks;
   InflateJob stream;
-  const Resampler* resampler = nullptr;
-  uint8_t* plane = nullptr;  // the filtered rows of an 8-bit grey film, once they are there
+  std::shared_ptr<const Resampler> resampler;  // shared: the decoder may forget it while the film is under way
 
-  Buffer idat;  // the payloads, joined
-  Buffer rows;  // filtered rows
-  Buffer grey;  // the plane of a film that has several, or its grey image
-  Buffer line;  // one row of a pass
+  Buffer idat;       // the payloads, joined
+  Buffer rows;       // filtered rows: all of them, or inflate's window
+  Buffer grey;       // the plane of a film that has several, or its grey image
+  Buffer line;       // one row of a pass
+  RowGroups groups;  // where rows go
 
-  bool reserve(bool needs_grey) {
+  // segment_nbytes: 0 where the rows are wanted as a whole.
+  bool reserve(bool needs_grey, size_t segment_nbytes) {
     const Header& header = chunks.header;
+    const size_t all_nbytes = static_cast<size_t>(header.filtered_nbytes());
     if (!idat.reserve(chunks.idat_nbytes + kPad)) return false;
-    if (!rows.reserve(static_cast<size_t>(header.filtered_nbytes()) + kPad)) return false;
+    if (!rows.reserve(segment_nbytes > 0 ? inflate_window_nbytes(segment_nbytes) : all_nbytes + kPad)) return false;
     if (needs_grey && !grey.reserve(static_cast<size_t>(pixels_of(header)) + header.height + kPad)) return false;
     return !header.interlaced || line.reserve(header.width);
   }
 
   // Joins the payloads and describes the stream. The limits were checked.
-  Status open_stream(const uint8_t* file, bool needs_grey, Isa isa) {
-    if (!reserve(needs_grey)) return too_large(reason::kOutOfMemory);
-    stream = {idat.data(), chunks.idat_nbytes, rows.data(), static_cast<size_t>(chunks.header.filtered_nbytes()), {}};
+  Status open_stream(const uint8_t* file, bool needs_grey, size_t segment_nbytes, Isa isa) {
+    if (!reserve(needs_grey, segment_nbytes)) return too_large(reason::kOutOfMemory);
+    stream = {};
+    stream.in = idat.data();
+    stream.in_nbytes = chunks.idat_nbytes;
+    stream.out = rows.data();
+    stream.out_nbytes = static_cast<size_t>(chunks.header.filtered_nbytes());
+    stream.segment_nbytes = segment_nbytes;
     return join_idat(file, chunks, isa, idat.data());
   }
 
@@ -120,12 +119,8 @@ struct FilmDecoder::Film {
 
   void trim() {
     for (Buffer* buffer : {&idat, &rows, &grey, &line}) buffer->release_above(kKeptNbytes);
+    groups.release_above(kKeptNbytes);
   }
-};
-
-struct FilmDecoder::CachedResampler {
-  uint32_t width, height, size;
-  Resampler resampler;
 };
 
 FilmDecoder::FilmDecoder(const Limits& limits) : limits_(limits), films_(new Film[kFilmsInFlight]) {}
@@ -140,7 +135,6 @@ class FilmDecoder::Run final : public InflateFeed {
   void to_the_end() {
     do {
       inflate_zlib(*this, isa_);
-      finish_planes();
     } while (postponed_ != nullptr);
   }
 
@@ -156,7 +150,7 @@ class FilmDecoder::Run final : public InflateFeed {
           postponed_ = job;  // until all that is under way has ended
           return nullptr;
         } else {
-          job->status = film.open_stream(job->file, !is_grey8(film.chunks.header), isa_);
+          job->status = open(film, job->file);
         }
       }
       if (job->status.ok()) {
@@ -170,74 +164,82 @@ class FilmDecoder::Run final : public InflateFeed {
     return nullptr;
   }
 
+  void segment(InflateJob& stream, const uint8_t* bytes, size_t nbytes) override {
+    Film& film = film_of(stream);
+    film.groups.add_filtered(bytes, nbytes / (size_t{film.chunks.header.width} + 1));
+  }
+
+  bool whole(InflateJob& stream) override {
+    if (!film_of(stream).reserve(false, 0)) return stream.status = too_large(reason::kOutOfMemory), false;
+    stream.out = film_of(stream).rows.data();
+    return true;
+  }
+
   void finished(InflateJob& stream) override {
-    Film& film = *std::find_if(decoder_.films_.get(), decoder_.films_.get() + kFilmsInFlight,
-                               [&](const Film& candidate) { return &candidate.stream == &stream; });
+    Film& film = film_of(stream);
     FilmJob& job = *film.job;
     job.status = film.stream_status(job.file);
     if (job.status.ok()) to_pixels(film);
-    if (film.plane == nullptr) {
-      leave(film);
-      return;
-    }
-    planes_[plane_count_++] = &film;
-    if (plane_count_ == kPlanesAtOnce) finish_planes();
+    leave(film);
   }
 
  private:
-  static constexpr size_t kPlanesAtOnce = 2;
-
   Film& free_place() {
     return *std::find_if(decoder_.films_.get(), decoder_.films_.get() + kFilmsInFlight,
                          [](const Film& film) { return film.job == nullptr; });
   }
 
-  // Sets film.plane where the fused path can take over; finishes the film itself otherwise.
+  Film& film_of(const InflateJob& stream) {
+    return *std::find_if(decoder_.films_.get(), decoder_.films_.get() + kFilmsInFlight,
+                         [&](const Film& candidate) { return &candidate.stream == &stream; });
+  }
+
+  Status open(Film& film, const uint8_t* file) {
+    const Header& header = film.chunks.header;
+    film.resampler = decoder_.resampler_for(header, size_);
+    if (film.resampler == nullptr) return too_large(reason::kOutOfMemory);
+    size_t segment_nbytes = 0;
+    if (is_grey8(header) && !film.resampler->vertical_first) {
+      segment_nbytes = segment_nbytes_of(header, isa_);
+      if (inflate_window_nbytes(segment_nbytes) >= header.filtered_nbytes()) segment_nbytes = 0;
+    }
+    if (segment_nbytes > 0 && !film.groups.begin(*film.resampler, decoder_.scratch_, isa_)) {
+      return too_large(reason::kOutOfMemory);
+    }
+    return film.open_stream(file, !is_grey8(header), segment_nbytes, isa_);
+  }
+
   void to_pixels(Film& film) {
     FilmJob& job = *film.job;
     const Header& header = film.chunks.header;
-    film.resampler = decoder_.resampler_for(header, size_);
-    if (film.resampler == nullptr) {
-      job.status = too_large(reason::kOutOfMemory);
-    } else if (is_grey8(header)) {
-      film.plane = film.rows.data();
-    } else if (may_be_one_plane(header) && extract_plane(header, film.rows.data(), film.grey.data())) {
-      film.plane = film.grey.data();
+    const bool is_plane =
+        !is_grey8(header) && may_be_one_plane(header) && extract_plane(header, film.rows.data(), film.grey.data());
+    if (film.stream.segment_nbytes > 0) {
+      job.status = film.groups.finish(job.out);
+      if (job.status.ok()) sum_pixels(job.out, size_t{size_} * size_, &job.sum, &job.sumsq, isa_);
+    } else if (is_grey8(header) || is_plane) {
+      PixelJob pixels;
+      pixels.rows = is_plane ? film.grey.data() : film.rows.data();
+      pixels.resampler = film.resampler.get();
+      pixels.out = job.out;
+      unfilter_resample_grey8(pixels, film.groups, decoder_.scratch_, isa_);
+      job.status = pixels.status;
+      job.sum = pixels.sum;
+      job.sumsq = pixels.sumsq;
     } else {
       job.status = rows_to_grey(film.chunks, film.rows.data(), film.line.data(), film.grey.data());
-      if (job.status.ok()) {
-        job.status = resample(*film.resampler, film.grey.data(), header.width, job.out, decoder_.scratch_, isa_);
-      }
-      if (job.status.ok()) add_sums(job.out, size_t{size_} * size_, &job.sum, &job.sumsq);
+      if (!job.status.ok()) return;
+      job.status =
+          resample(*film.resampler, film.grey.data(), header.width, job.out, film.groups, decoder_.scratch_, isa_);
+      if (job.status.ok()) sum_pixels(job.out, size_t{size_} * size_, &job.sum, &job.sumsq, isa_);
     }
-  }
-
-  void finish_planes() {
-    PixelJob pixels[kPlanesAtOnce];
-    for (size_t i = 0; i < plane_count_; ++i) {
-      const Film& film = *planes_[i];
-      pixels[i].rows = film.plane;
-      pixels[i].width = film.chunks.header.width;
-      pixels[i].height = film.chunks.header.height;
-      pixels[i].resampler = film.resampler;
-      pixels[i].out = film.job->out;
-    }
-    unfilter_resample_grey8(pixels, plane_count_, decoder_.scratch_, isa_);
-    for (size_t i = 0; i < plane_count_; ++i) {
-      FilmJob& job = *planes_[i]->job;
-      job.sum = pixels[i].sum;
-      job.sumsq = pixels[i].sumsq;
-      job.status = pixels[i].status;
-      // A filter byte has no byte of its own in the file.
-      if (job.status.code == Code::kCorrupt) job.status.offset = static_cast<int64_t>(planes_[i]->chunks.idat_offset);
-      leave(*planes_[i]);
-    }
-    plane_count_ = 0;
+    // A filter byte has no byte of its own in the file.
+    if (job.status.code == Code::kCorrupt) job.status.offset = static_cast<int64_t>(film.chunks.idat_offset);
   }
 
   void leave(Film& film) {
     end(*std::exchange(film.job, nullptr));
-    film.plane = nullptr;
+    film.resampler = nullptr;
     memory_ -= film.memory;
     film.trim();
   }
@@ -256,8 +258,6 @@ class FilmDecoder::Run final : public InflateFeed {
   const Isa isa_;
   uint64_t memory_ = 0;           // of the films under way
   FilmJob* postponed_ = nullptr;  // for want of memory
-  Film* planes_[kPlanesAtOnce];
-  size_t plane_count_ = 0;
 };
 
 void FilmDecoder::decode_resize(FilmSource& source, uint32_t size, Isa isa) {
@@ -284,7 +284,7 @@ Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* g
   film.chunks = chunks;
   const Header& header = chunks.header;
   const bool may_extract = !is_grey8(header) && may_be_one_plane(header);
-  Status status = film.open_stream(file, may_extract, isa);
+  Status status = film.open_stream(file, may_extract, 0, isa);
   if (status.ok()) {
     inflate_zlib(&film.stream, 1, isa);
     status = film.stream_status(file);
@@ -307,20 +307,18 @@ Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* g
   return status;
 }
 
-const Resampler* FilmDecoder::resampler_for(const Header& header, uint32_t size) try {
+std::shared_ptr<const Resampler> FilmDecoder::resampler_for(const Header& header, uint32_t size) try {
   auto found = std::find_if(resamplers_.begin(), resamplers_.end(), [&](const auto& kept) {
-    return kept->width == header.width && kept->height == header.height && kept->size == size;
+    return kept->horizontal.in == header.width && kept->vertical.in == header.height && kept->horizontal.out == size;
   });
   if (found == resamplers_.end()) {
-    auto made = std::make_unique<CachedResampler>(
-        CachedResampler{header.width, header.height, size, Resampler(header.width, header.height, size)});
+    auto made = std::make_shared<const Resampler>(header.width, header.height, size);
     if (resamplers_.size() == kKeptResamplers) resamplers_.erase(resamplers_.begin());
     resamplers_.push_back(std::move(made));
     found = resamplers_.end() - 1;
   }
-  // Last used comes last, so the films under way hold pointers to none of those that are dropped next.
-  std::rotate(found, found + 1, resamplers_.end());
-  return &resamplers_.back()->resampler;
+  std::rotate(found, found + 1, resamplers_.end());  // last used comes last
+  return resamplers_.back();
 } catch (const std::bad_alloc&) {
   return nullptr;
 }

@@ -26,9 +26,8 @@
 
 namespace cxrfast::png {
 
-// Films of one thread that are under way at once: the streams that inflate interleaves, the one whose stream has just
-// ended, and one that waits for a second, because two films are un-filtered faster together than apart.
-constexpr size_t kFilmsInFlight = kInflateStreams + 2;
+// Films of one thread that are under way at once: the streams that inflate interleaves.
+constexpr size_t kFilmsInFlight = kInflateStreams;
 
 constexpr uint32_t kMinSize = 8, kMaxSize = 1024;  // side of a prepared image, pixels
 
@@ -71,15 +70,14 @@ class FilmDecoder {
   const Limits& limits() const { return limits_; }
 
  private:
-  struct Film;             // one of the films under way, with its buffers
-  struct CachedResampler;  // for one source size
-  class Run;               // one call of decode_resize
+  struct Film;  // one of the films under way, with its buffers
+  class Run;    // one call of decode_resize
 
-  const Resampler* resampler_for(const Header& header, uint32_t size);
+  std::shared_ptr<const Resampler> resampler_for(const Header& header, uint32_t size);
 
   Limits limits_;
-  std::unique_ptr<Film[]> films_;  // kFilmsInFlight
-  std::vector<std::unique_ptr<CachedResampler>> resamplers_;
+  std::unique_ptr<Film[]> films_;                             // kFilmsInFlight
+  std::vector<std::shared_ptr<const Resampler>> resamplers_;  // of the last source sizes
   Scratch scratch_;
 };
 

@@ -16,8 +16,6 @@ constexpr int kLengthCodeSymbols = 19;
 constexpr int kEndOfBlock = 256;
 constexpr int kFirstLength = 257;
 constexpr int kLengthSymbols = 29;
-constexpr size_t kMaxMatch = 258;
-constexpr size_t kWindow = 32768;
 constexpr size_t kZlibHeaderNbytes = 2;
 constexpr size_t kZlibTrailerNbytes = 4;
 

@@ -26,7 +26,7 @@ class ListFeed final : public InflateFeed {
 void inflate_zlib(InflateFeed& feed, Isa isa) {
   if constexpr (!kHasKernel) {
     while (InflateJob* job = feed.next()) {
-      inflate_zlib_careful(*job);
+      inflate_carefully(feed, *job);
       feed.finished(*job);
     }
     return;

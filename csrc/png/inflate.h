@@ -21,35 +21,54 @@ namespace cxrfast::png {
 // Readable bytes that the caller keeps behind `in`, and writable ones behind `out`, whose content does not matter.
 constexpr size_t kInflatePad = 64;
 
+// How far back a stream can reach, and its longest match, bytes (RFC 1951).
+constexpr size_t kWindow = 32768, kMaxMatch = 258;
+
 struct InflateJob {
   const uint8_t* in = nullptr;  // a whole zlib stream; a PNG's IDAT payloads, joined
   size_t in_nbytes = 0;
   uint8_t* out = nullptr;
   size_t out_nbytes = 0;  // exactly this many bytes must come out: fewer or more is corrupt
   Status status;          // written by the decoder; offset: byte inside the zlib stream where it went wrong
+  // 0: out holds all out_nbytes. Otherwise they come by segments of this size, the last one shorter, to the feed's
+  // segment(), and out is a window of inflate_window_nbytes(segment_nbytes) bytes, padding included. A megabyte that
+  // is written here and read there falls out of the second-level cache in between; a segment does not.
+  size_t segment_nbytes = 0;
 };
 
-// Decodes any number of jobs, in any mixture of sizes. Each job's out and status depend on that job alone. If a job's
-// status is not ok, its out holds unspecified bytes. Jobs must not overlap. Touches no byte outside in..in_nbytes+pad
-// and out..out_nbytes+pad. Thread-safe: no shared state.
+// The window slides by a segment; a match and a step of the kernels may reach beyond its end.
+constexpr size_t inflate_window_nbytes(size_t segment_nbytes) {
+  return kWindow + segment_nbytes + kMaxMatch + 2 * kInflatePad;
+}
+
+// Decodes any number of jobs, in any mixture of sizes, none by segments. Each job's out and status depend on that job
+// alone. If a job's status is not ok, its out holds unspecified bytes. Jobs must not overlap. Touches no byte outside
+// in..in_nbytes+pad and out..out_nbytes+pad. Thread-safe: no shared state.
 void inflate_zlib(InflateJob* jobs, size_t count, Isa isa);
 
 // The same for a supply of jobs that need not exist all at once: films differ in size threefold, and whoever waits for
-// a whole group of them lets streams run alone. Both functions are called between the steps of decoding, in the
-// caller's thread.
+// a whole group of them lets streams run alone. The functions are called between the steps of decoding, in the caller's
+// thread.
 class InflateFeed {
  public:
   virtual InflateJob* next() = 0;  // a job to begin, or nullptr: no more will come; not called again after that
   virtual void finished(
       InflateJob& job) = 0;  // its status is set; in the order in which jobs end, not the order of next()
 
+  // For jobs by segments only. The next bytes of the job, kInflatePad readable ones behind them; the checksum is not
+  // yet known, and what follows may turn out to be broken.
+  virtual void segment(InflateJob& job, const uint8_t* bytes, size_t nbytes) { (void)job, (void)bytes, (void)nbytes; }
+  // The careful decoder must look at the stream from its beginning: forget the segments, and give the job an out for
+  // all its bytes. False: it cannot be had, and the job's status says so.
+  virtual bool whole(InflateJob& job) { return (void)job, false; }
+
  protected:
   ~InflateFeed() = default;
 };
-constexpr int kInflateStreams = 3;  // jobs under way at once, beside the one that `finished` is told of
+constexpr int kInflateStreams = 3;  // jobs under way at once, the one that `finished` is told of included
 void inflate_zlib(InflateFeed& feed, Isa isa);
 
-// The same for one job, plainly. Needs no padding. Several times slower.
+// One job, not by segments, plainly. Needs no padding. Several times slower.
 void inflate_zlib_careful(InflateJob& job);
 
 }  // namespace cxrfast::png

@@ -159,15 +159,18 @@ struct Stream {
   alignas(64) uint64_t literals[kSteer + (1 << kIndexBits)];
   alignas(64) uint64_t distances[kDistanceSteer + (1 << kDistanceIndexBits)];
 
-  uint64_t position;  // of the next bit, as an address in bits
-  uint8_t* out;       // of the next byte
-  uint8_t* out_begin;
-  uint8_t* out_end;
-  uint64_t end;     // of the input, as an address in bits
-  uint8_t* summed;  // up to here the checksum holds
+  uint64_t position;    // of the next bit, as an address in bits
+  uint8_t* out;         // of the next byte
+  uint8_t* out_begin;   // no match reaches before it
+  uint8_t* out_end;     // nothing is written behind it, except into the padding
+  size_t later_nbytes;  // of the output, behind out_end: the window must slide first
+  uint8_t* due;         // once `out` is here a segment is complete; behind out_end where there are none
+  uint64_t end;         // of the input, as an address in bits
+  uint8_t* summed;      // up to here the checksum holds
   uint32_t adler;
   bool last_block;
   InflateJob* job;
+  InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
 
   uint64_t peek() const { return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7); }
@@ -183,8 +186,9 @@ struct Stream {
     return position >= end ? 0 : std::min<uint64_t>((end - position) >> 6, static_cast<uint64_t>(out_end - out) >> 5);
   }
 
-  Outcome start(InflateJob& next) {
+  Outcome start(InflateJob& next, InflateFeed& from) {
     job = &next;
+    feed = &from;
     if (next.in_nbytes < kZlibHeaderNbytes + kZlibTrailerNbytes || next.out_nbytes >= kMaxFastNbytes)
       return Outcome::kFailed;
     const unsigned method_and_window = next.in[0], flags = next.in[1];
@@ -194,8 +198,9 @@ struct Stream {
     }
     position = (reinterpret_cast<uint64_t>(next.in) + kZlibHeaderNbytes) * 8;
     end = (reinterpret_cast<uint64_t>(next.in) + next.in_nbytes) * 8;
-    out = out_begin = summed = next.out;
-    out_end = next.out + next.out_nbytes;
+    out = out_begin = summed = next.out + (next.segment_nbytes > 0 ? kWindow : 0);
+    due = out + (next.segment_nbytes > 0 ? next.segment_nbytes : next.out_nbytes + 1);
+    set_out_end(next.out_nbytes);
     adler = 1;
     literals[0] = kLengthWaits;
     distances[0] = kNoDistance;
@@ -203,10 +208,42 @@ struct Stream {
     return next_block();
   }
 
-  // From the end of a block to the first symbol of the next one that has symbols, or to the end of the stream.
-  Outcome next_block() {
+  // left_nbytes: of the output, from `out` on.
+  void set_out_end(size_t left_nbytes) {
+    const size_t room = static_cast<size_t>(due - out) + (job->segment_nbytes > 0 ? kMaxMatch + kInflatePad : 0);
+    out_end = out + std::min(left_nbytes, room);
+    later_nbytes = left_nbytes - static_cast<size_t>(out_end - out);
+  }
+
+  // Hands over the segments that are complete; the window slides along, so that there is room for a match again.
+  void hand_over() {
+    while (out >= due) {
+      const size_t nbytes = job->segment_nbytes, left_nbytes = later_nbytes + static_cast<size_t>(out_end - out);
+      add_to_sum();
+      feed->segment(*job, due - nbytes, nbytes);
+      std::memmove(job->out, job->out + nbytes, static_cast<size_t>(out - job->out) - nbytes);
+      out -= nbytes;
+      summed = out;
+      out_begin = job->out + (static_cast<size_t>(out_begin - job->out) > nbytes ? out_begin - job->out - nbytes : 0);
+      set_out_end(left_nbytes);
+    }
+  }
+
+  // What is left of a stream that has ended well.
+  void hand_over_rest() {
+    hand_over();
+    const uint8_t* begin = due - job->segment_nbytes;
+    if (job->segment_nbytes > 0 && out > begin) feed->segment(*job, begin, static_cast<size_t>(out - begin));
+  }
+
+  void add_to_sum() {
     adler = adler32(adler, summed, static_cast<size_t>(out - summed), kIsa);
     summed = out;
+  }
+
+  // From the end of a block to the first symbol of the next one that has symbols, or to the end of the stream.
+  Outcome next_block() {
+    add_to_sum();
     for (;;) {
       if (last_block) return finish();
       if (position + 3 > end) return Outcome::kFailed;
@@ -223,22 +260,27 @@ struct Stream {
   bool stored() {
     position = (position + 7) & ~uint64_t{7};
     if (position + 32 > end) return false;
-    const uint32_t nbytes = take(16), complement = take(16);
+    uint32_t nbytes = take(16);
+    const uint32_t complement = take(16);
     if ((nbytes ^ complement) != 0xFFFF || nbytes > (end - position) / 8 ||
-        nbytes > static_cast<size_t>(out_end - out)) {
+        nbytes > later_nbytes + static_cast<size_t>(out_end - out)) {
       return false;
     }
-    if (nbytes > 0) std::memcpy(out, reinterpret_cast<const uint8_t*>(position >> 3), nbytes);
-    adler = adler32(adler, out, nbytes, kIsa);
-    out += nbytes;
-    summed = out;
-    position += uint64_t{nbytes} * 8;
+    while (nbytes > 0) {
+      hand_over();
+      const uint32_t part = static_cast<uint32_t>(std::min<size_t>(nbytes, static_cast<size_t>(out_end - out)));
+      std::memcpy(out, reinterpret_cast<const uint8_t*>(position >> 3), part);
+      out += part;
+      position += uint64_t{part} * 8;
+      nbytes -= part;
+    }
+    add_to_sum();
     return true;
   }
 
   Outcome finish() {
     position = (position + 7) & ~uint64_t{7};
-    if (position + 32 > end || out != out_end) return Outcome::kFailed;
+    if (position + 32 > end || out != out_end || later_nbytes > 0) return Outcome::kFailed;
     const uint8_t* sum = reinterpret_cast<const uint8_t*>(position >> 3);
     const uint32_t expected = uint32_t{sum[0]} << 24 | uint32_t{sum[1]} << 16 | uint32_t{sum[2]} << 8 | sum[3];
     return adler == expected ? Outcome::kFinished : Outcome::kFailed;
@@ -688,7 +730,13 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
     }
     Stopped stopped = {Stop::kSymbol, shortest, 0};
     if (steps > 0) stopped = take_steps(streams, steps, std::make_index_sequence<K>());
-    if (stopped.why == Stop::kSteps) continue;
+    bool moved = false;
+    for (int k = 0; k < K; ++k) {
+      if (streams[k].out < streams[k].due) continue;
+      streams[k].hand_over();
+      moved = true;
+    }
+    if (stopped.why == Stop::kSteps || (moved && steps == 0)) continue;
     Stream& stream = streams[stopped.stream];
     Outcome outcome = Outcome::kContinue;
     if (stopped.why == Stop::kMatch) {
@@ -718,7 +766,7 @@ void run_streams(InflateFeed& feed) {
     if (outcome == Outcome::kFinished) {
       job.status = Status{};
     } else {
-      inflate_zlib_careful(job);
+      inflate_carefully(feed, job);
     }
     feed.finished(job);
   };
@@ -729,10 +777,11 @@ void run_streams(InflateFeed& feed) {
         more = false;
         break;
       }
-      const Outcome outcome = streams[running].start(*job);
+      const Outcome outcome = streams[running].start(*job, feed);
       if (outcome == Outcome::kContinue) {
         ++running;
       } else {
+        if (outcome == Outcome::kFinished) streams[running].hand_over_rest();
         end_job(*job, outcome);
       }
     }
@@ -740,6 +789,7 @@ void run_streams(InflateFeed& feed) {
     Outcome outcome = Outcome::kContinue;
     const int ended = run_until_one_ends(streams, running, outcome, std::make_index_sequence<kInflateStreams>());
     InflateJob& job = *streams[ended].job;
+    if (outcome == Outcome::kFinished) streams[ended].hand_over_rest();
     --running;
     if (ended != running) streams[ended] = streams[running];
     end_job(job, outcome);

@@ -16,6 +16,15 @@ void inflate_portable(InflateFeed& feed);
 void inflate_avx2(InflateFeed& feed);
 #endif
 
+// The verdict on a job that a kernel has given up.
+inline void inflate_carefully(InflateFeed& feed, InflateJob& job) {
+  if (job.segment_nbytes > 0) {
+    job.segment_nbytes = 0;
+    if (!feed.whole(job)) return;
+  }
+  inflate_zlib_careful(job);
+}
+
 template <int kBits>
 constexpr auto reversed_bits() {
   std::array<uint16_t, size_t{1} << kBits> table{};

@@ -110,9 +110,6 @@ struct Wavefront {
     const size_t steps = width + delay(count - 1);
     for (size_t step = 0; step < steps; step += kBlock) {
       const size_t block_steps = std::min(kBlock, (steps - step + kBytes - 1) / kBytes * kBytes);
-      for (size_t i = 0; i < kRows; ++i)
-        __builtin_prefetch(rows + kRows * row_nbytes + step * kRows + i * kBlock, 0, 2);
-
       for (size_t part = 0; part < kRows; part += kPart) {
         for (size_t t = 0; t < block_steps; t += kBytes) {
           U8 x[kPart];

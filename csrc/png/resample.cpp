@@ -85,8 +85,8 @@ Status resample_vertical_first(const Resampler& resampler, const uint8_t* grey, 
   const Axis& horizontal = resampler.horizontal;
   const Axis& vertical = resampler.vertical;
   const size_t width = horizontal.in;
-  if (!scratch.halved.reserve(width) || !scratch.tile.reserve(width * sizeof(uint32_t))) return kNoMemory;
-  uint8_t* halved = scratch.halved.data();
+  if (!scratch.window.reserve(width) || !scratch.tile.reserve(width * sizeof(uint32_t))) return kNoMemory;
+  uint8_t* halved = scratch.window.data();
   uint32_t* sums = reinterpret_cast<uint32_t*>(scratch.tile.data());
   constexpr uint32_t kHalf = 1u << (kWeightBits - 1);
   for (const OutputSpan& row_span : vertical.spans) {
@@ -109,85 +109,96 @@ Status resample_vertical_first(const Resampler& resampler, const uint8_t* grey, 
   return {};
 }
 
-// Calls fill(y, count, window, stride) to put rows y .. y + count - 1 into the window, for all rows from the first one
-// on, and resamples them.
-template <typename Fill>
-Status resample_groups(const Resampler& resampler, const PixelKernels& kernels, uint8_t* out, Scratch& scratch,
-                       Fill fill) {
-  const Axis& horizontal = resampler.horizontal;
-  const Axis& vertical = resampler.vertical;
-  const size_t size = horizontal.out, height = vertical.in;
-  const size_t stride = window_stride(horizontal.in), between = halved_stride(height);
-  const size_t tile = std::max(tile_nbytes(kernels, horizontal), tile_nbytes(kernels, vertical));
-  if (!scratch.window.reserve(kernels.group_rows * stride) || !scratch.halved.reserve(size * between) ||
-      !scratch.tile.reserve(tile)) {
-    return kNoMemory;
-  }
-  uint8_t* window = scratch.window.data() + kWindowLead;
-  uint8_t* halved = scratch.halved.data();
-  for (size_t y = 0; y < height; y += kernels.group_rows) {
-    const size_t count = std::min(kernels.group_rows, height - y);
-    fill(y, count, window, stride);
-    kernels.resample_lines(horizontal.spans.data(), size, horizontal.weights.data(), window, stride, count, halved + y,
-                           between, scratch.tile.data(), tile);
-  }
-  kernels.resample_lines(vertical.spans.data(), size, vertical.weights.data(), halved, between, size, out, size,
-                         scratch.tile.data(), tile);
-  return {};
-}
-
-Status check_filters(const uint8_t* rows, size_t width, size_t height) {
-  for (size_t y = 0; y < height; ++y) {
-    if (rows[y * (width + 1)] > kPaeth) {
-      return {Code::kCorrupt, reason::kRowFilter, static_cast<int64_t>(y * (width + 1))};
+// A filter byte that there is not, among `count` rows from row y on. No other row has been un-filtered then.
+Status check_filters(const uint8_t* rows, size_t width, size_t y, size_t count) {
+  for (size_t k = 0; k < count; ++k) {
+    if (rows[k * (width + 1)] > kPaeth) {
+      return {Code::kCorrupt, reason::kRowFilter, static_cast<int64_t>((y + k) * (width + 1))};
     }
   }
   return {};
 }
 
-// Un-filters rows of 8-bit grey group by group, from the first one on; remembers the last row of the group before.
-class GroupUnfilter {
- public:
-  GroupUnfilter(const uint8_t* rows, size_t width, const PixelKernels& kernels)
-      : rows_(rows), width_(width), kernels_(kernels) {}
+uint64_t above_nbytes(uint64_t width) { return kAboveLead + width + kAboveTail; }
 
-  static uint64_t scratch_nbytes(uint64_t width) { return kAboveLead + width + kAboveTail; }
+// The row above the first one: zeros.
+bool begin_above(Buffer& above, size_t width) {
+  if (!above.reserve(above_nbytes(width))) return false;
+  std::memset(above.data(), 0xff, above_nbytes(width));
+  return true;
+}
 
-  bool reserve(Scratch& scratch) {
-    if (!scratch.above.reserve(scratch_nbytes(width_))) return false;
-    std::memset(scratch.above.data(), 0xff, scratch_nbytes(width_));
-    above_ = scratch.above.data() + kAboveLead;
-    return true;
-  }
-
-  // Rows y .. y + count - 1 into the window.
-  void operator()(size_t y, size_t count, uint8_t* window, size_t stride) {
-    kernels_.unfilter_rows(rows_ + y * (width_ + 1), count, width_, above_, window, stride);
-    const uint8_t* last = window + (count - 1) * stride;
-    for (size_t x = 0; x < width_; ++x) above_[x] = static_cast<uint8_t>(~last[x]);
-  }
-
- private:
-  const uint8_t* rows_;
-  const size_t width_;
-  const PixelKernels& kernels_;
-  uint8_t* above_ = nullptr;
-};
-
-Status unfilter_resample(const PixelJob& job, const PixelKernels& kernels, Scratch& scratch) {
-  const size_t width = job.width;
-  const Status status = check_filters(job.rows, width, job.height);
-  if (!status.ok()) return status;
-  if (job.resampler->vertical_first) {
-    unfilter(job.rows, job.height, width, 1);
-    return resample_vertical_first(*job.resampler, job.rows + 1, width + 1, job.out, scratch);
-  }
-  GroupUnfilter unfilter_group(job.rows, width, kernels);
-  if (!unfilter_group.reserve(scratch)) return kNoMemory;
-  return resample_groups(*job.resampler, kernels, job.out, scratch, unfilter_group);
+// Rows of 8-bit grey into the window; `above` becomes the last of them.
+void unfilter_group(const uint8_t* rows, size_t count, size_t width, const PixelKernels& kernels, Buffer& above_buffer,
+                    uint8_t* window, size_t stride) {
+  uint8_t* above = above_buffer.data() + kAboveLead;
+  kernels.unfilter_rows(rows, count, width, above, window, stride);
+  const uint8_t* last = window + (count - 1) * stride;
+  for (size_t x = 0; x < width; ++x) above[x] = static_cast<uint8_t>(~last[x]);
 }
 
 }  // namespace
+
+size_t RowGroups::group_rows(Isa isa) { return pixel_kernels(isa).group_rows; }
+
+bool RowGroups::begin(const Resampler& resampler, Scratch& scratch, Isa isa) {
+  resampler_ = &resampler;
+  kernels_ = &pixel_kernels(isa);
+  scratch_ = &scratch;
+  y_ = 0;
+  status_ = {};
+  const Axis &horizontal = resampler.horizontal, &vertical = resampler.vertical;
+  return halved_.reserve(horizontal.out * halved_stride(vertical.in)) && begin_above(above_, horizontal.in) &&
+         scratch.window.reserve(kernels_->group_rows * window_stride(horizontal.in)) &&
+         scratch.tile.reserve(std::max(tile_nbytes(*kernels_, horizontal), tile_nbytes(*kernels_, vertical)));
+}
+
+// Calls fill(first, rows, window, stride) to put rows into the window, first counted from those that come now.
+template <typename Fill>
+void RowGroups::add(size_t count, Fill fill) {
+  const Axis& horizontal = resampler_->horizontal;
+  const size_t stride = window_stride(horizontal.in), between = halved_stride(resampler_->vertical.in);
+  uint8_t* window = scratch_->window.data() + kWindowLead;
+  for (size_t k = 0; k < count; k += kernels_->group_rows) {
+    const size_t rows = std::min(kernels_->group_rows, count - k);
+    fill(k, rows, window, stride);
+    kernels_->resample_lines(horizontal.spans.data(), horizontal.out, horizontal.weights.data(), window, stride, rows,
+                             halved_.data() + y_, between, scratch_->tile.data(), tile_nbytes(*kernels_, horizontal));
+    y_ += rows;
+  }
+}
+
+void RowGroups::add_filtered(const uint8_t* rows, size_t count) {
+  const size_t width = resampler_->horizontal.in;
+  if (status_.ok()) status_ = check_filters(rows, width, y_, count);
+  if (!status_.ok()) return;
+  add(count, [&](size_t first, size_t group, uint8_t* window, size_t stride) {
+    unfilter_group(rows + first * (width + 1), group, width, *kernels_, above_, window, stride);
+  });
+}
+
+void RowGroups::add_grey(const uint8_t* grey, size_t stride_bytes, size_t count) {
+  // Copied, because the caller's rows end where they end.
+  add(count, [&](size_t first, size_t group, uint8_t* window, size_t stride) {
+    for (size_t k = 0; k < group; ++k) {
+      std::memcpy(window + k * stride, grey + (first + k) * stride_bytes, resampler_->horizontal.in);
+    }
+  });
+}
+
+Status RowGroups::finish(uint8_t* out) {
+  if (!status_.ok()) return status_;
+  const Axis& vertical = resampler_->vertical;
+  kernels_->resample_lines(vertical.spans.data(), vertical.out, vertical.weights.data(), halved_.data(),
+                           halved_stride(vertical.in), vertical.out, out, vertical.out, scratch_->tile.data(),
+                           tile_nbytes(*kernels_, vertical));
+  return {};
+}
+
+void RowGroups::release_above(size_t nbytes) {
+  halved_.release_above(nbytes);
+  above_.release_above(nbytes);
+}
 
 uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size) {
   const uint64_t longest = most_pairs(std::max(width, height), size) / size + 2 * kTilePairs;
@@ -197,45 +208,49 @@ uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size) {
          4 * uint64_t{width};
 }
 
-uint64_t unfilter_nbytes(uint32_t width) {
-  return kMaxGroupRows * window_stride(width) + GroupUnfilter::scratch_nbytes(width);
-}
+uint64_t unfilter_nbytes(uint32_t width) { return kMaxGroupRows * window_stride(width) + above_nbytes(width); }
 
-Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, Scratch& scratch,
-                Isa isa) {
+Status resample(const Resampler& resampler, const uint8_t* grey, size_t stride_bytes, uint8_t* out, RowGroups& groups,
+                Scratch& scratch, Isa isa) {
   if (resampler.vertical_first) return resample_vertical_first(resampler, grey, stride_bytes, out, scratch);
-  const size_t width = resampler.horizontal.in;
-  return resample_groups(resampler, pixel_kernels(isa), out, scratch,
-                         [&](size_t y, size_t count, uint8_t* window, size_t stride) {
-                           // Copied, because the caller's rows end where they end.
-                           for (size_t k = 0; k < count; ++k) {
-                             std::memcpy(window + k * stride, grey + (y + k) * stride_bytes, width);
-                           }
-                         });
+  if (!groups.begin(resampler, scratch, isa)) return kNoMemory;
+  groups.add_grey(grey, stride_bytes, resampler.vertical.in);
+  return groups.finish(out);
 }
 
-void unfilter_resample_grey8(PixelJob* jobs, size_t count, Scratch& scratch, Isa isa) {
-  const PixelKernels& kernels = pixel_kernels(isa);
-  for (PixelJob* job = jobs; job != jobs + count; ++job) {
-    job->sum = job->sumsq = 0;
-    job->status = unfilter_resample(*job, kernels, scratch);
-    if (!job->status.ok()) continue;
-    const size_t size = job->resampler->horizontal.out;
-    kernels.sum_pixels(job->out, size * size, &job->sum, &job->sumsq);
+void unfilter_resample_grey8(PixelJob& job, RowGroups& groups, Scratch& scratch, Isa isa) {
+  const size_t width = job.resampler->horizontal.in, height = job.resampler->vertical.in;
+  job.sum = job.sumsq = 0;
+  if (job.resampler->vertical_first) {
+    job.status = check_filters(job.rows, width, 0, height);
+    if (!job.status.ok()) return;
+    unfilter(job.rows, height, width, 1);
+    job.status = resample_vertical_first(*job.resampler, job.rows + 1, width + 1, job.out, scratch);
+  } else if (groups.begin(*job.resampler, scratch, isa)) {
+    groups.add_filtered(job.rows, height);
+    job.status = groups.finish(job.out);
+  } else {
+    job.status = kNoMemory;
   }
+  const size_t size = job.resampler->horizontal.out;
+  if (job.status.ok()) sum_pixels(job.out, size * size, &job.sum, &job.sumsq, isa);
+}
+
+void sum_pixels(const uint8_t* image, size_t nbytes, int64_t* sum_ret, int64_t* sumsq_ret, Isa isa) {
+  pixel_kernels(isa).sum_pixels(image, nbytes, sum_ret, sumsq_ret);
 }
 
 Status unfilter_grey8(const uint8_t* rows, uint32_t width, uint32_t height, uint8_t* grey, Scratch& scratch, Isa isa) {
-  const Status status = check_filters(rows, width, height);
+  const Status status = check_filters(rows, width, 0, height);
   if (!status.ok()) return status;
   const PixelKernels& kernels = pixel_kernels(isa);
   const size_t stride = window_stride(width);
-  GroupUnfilter unfilter_group(rows, width, kernels);
-  if (!unfilter_group.reserve(scratch) || !scratch.window.reserve(kernels.group_rows * stride)) return kNoMemory;
+  Buffer& above = scratch.tile;
+  if (!begin_above(above, width) || !scratch.window.reserve(kernels.group_rows * stride)) return kNoMemory;
   uint8_t* window = scratch.window.data() + kWindowLead;
   for (size_t y = 0; y < height; y += kernels.group_rows) {
     const size_t count = std::min<size_t>(kernels.group_rows, height - y);
-    unfilter_group(y, count, window, stride);
+    unfilter_group(rows + y * (size_t{width} + 1), count, width, kernels, above, window, stride);
     for (size_t k = 0; k < count; ++k, grey += width) std::memcpy(grey, window + k * stride, width);
   }
   return {};

@@ -170,8 +170,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
     if (first.ok()) {
       compare_with_libpng(file, nbytes, chunks, grey);
       static Scratch scratch;
+      static RowGroups groups;
       const Resampler resampler(width, height, size);
-      require(resample(resampler, grey, width, expected.data(), scratch, Isa::kPortable).ok(), "resample works");
+      require(resample(resampler, grey, width, expected.data(), groups, scratch, Isa::kPortable).ok(),
+              "resample works");
     }
   }
   int64_t sum = 0, sumsq = 0;

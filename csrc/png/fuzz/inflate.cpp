@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "png/fuzz/guarded.h"
@@ -73,6 +74,35 @@ InflateJob make_job(size_t slot, const uint8_t* stream, size_t nbytes, size_t ou
   return job;
 }
 
+// One stream by segments, its window before a guard page too.
+class SegmentFeed final : public InflateFeed {
+ public:
+  explicit SegmentFeed(InflateJob& job, size_t segment_nbytes) : job_(job) {
+    job.segment_nbytes = segment_nbytes;
+    job.out = outs[1]->before_guard(inflate_window_nbytes(segment_nbytes));
+  }
+  InflateJob* next() override { return std::exchange(begun_, true) ? nullptr : &job_; }
+  void segment(InflateJob&, const uint8_t* bytes, size_t nbytes) override {
+    require(nbytes == job_.segment_nbytes || done_ + nbytes == job_.out_nbytes, "only the last segment is shorter");
+    require(done_ + nbytes <= job_.out_nbytes && std::equal(bytes, bytes + nbytes, expected.data() + done_),
+            "the segments are zlib's bytes, as far as those go");
+    done_ += nbytes;
+  }
+  bool whole(InflateJob&) override {
+    done_ = job_.out_nbytes;
+    job_.out = outs[0]->before_guard(job_.out_nbytes + kInflatePad);
+    return true;
+  }
+  void finished(InflateJob&) override {
+    if (job_.status.ok()) require(done_ == job_.out_nbytes, "nothing is left out");
+  }
+
+ private:
+  InflateJob& job_;
+  bool begun_ = false;
+  size_t done_ = 0;
+};
+
 void check(const InflateJob& job, bool must_be_ok) {
   require(job.status.ok() == must_be_ok, "the verdict is zlib's");
   if (must_be_ok) require(std::memcmp(job.out, expected.data(), job.out_nbytes) == 0, "the bytes are zlib's");
@@ -115,7 +145,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
   const Isa isa = static_cast<Isa>(turn % (static_cast<uint32_t>(cpu_isa()) + 1));
   if (turn / 8 % 2 == 0) {
     InflateJob alone = make_job(0, stream.data(), stream.size(), out_nbytes);
-    inflate_zlib(&alone, 1, isa);
+    if (turn / 16 % 2 == 0) {
+      SegmentFeed feed(alone, 2000 + turn / 32 % 60000);
+      inflate_zlib(feed, isa);
+      if (alone.segment_nbytes > 0) {  // compared on the way
+        require(verdict.ok && alone.status.ok(), "the verdict is zlib's");
+        return 0;
+      }
+    } else {
+      inflate_zlib(&alone, 1, isa);
+    }
     check(alone, verdict.ok);
     require(
         std::strcmp(alone.status.message, careful.status.message) == 0 && alone.status.offset == careful.status.offset,
