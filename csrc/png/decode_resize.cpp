@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kPad = std::max(kInflatePad, kPixelPad);
 
-// What a film's place keeps for the next one: an NIH film needs 1.5 MiB in all, its RGBA variant 6 MiB.
+// What a film's place keeps for the next one: an NIH film needs 0.8 MiB in all, its RGBA variant 6 MiB.
 constexpr size_t kKeptNbytes = size_t{8} << 20;
 
 // Source sizes whose coefficients are kept. A data set has one; a mixed folder may have many.

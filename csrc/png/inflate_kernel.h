@@ -551,7 +551,8 @@ template <size_t kOffset>
   uint64_t bits;
   uint64_t address;
   asm("shrx %1, %2, %0" : "=r"(address) : "r"(three), "r"(position));
-  const uint64_t within = _bzhi_u64(position, static_cast<unsigned>(three));
+  uint64_t within;  // the intrinsic's count is of 32 bits: compilers would keep a second 3 for it, in memory
+  asm("bzhi %1, %2, %0" : "=r"(within) : "r"(three), "r"(position) : "cc");
   asm("shrx %1, %2, %0" : "=r"(bits) : "r"(within), "m"(*reinterpret_cast<const Word*>(address)));
   return bits;
 }

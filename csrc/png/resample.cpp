@@ -147,15 +147,24 @@ bool RowGroups::begin(const Resampler& resampler, Scratch& scratch, Isa isa) {
   scratch_ = &scratch;
   y_ = 0;
   status_ = {};
-  const Axis &horizontal = resampler.horizontal, &vertical = resampler.vertical;
-  return halved_.reserve(horizontal.out * halved_stride(vertical.in)) && begin_above(above_, horizontal.in) &&
-         scratch.window.reserve(kernels_->group_rows * window_stride(horizontal.in)) &&
-         scratch.tile.reserve(std::max(tile_nbytes(*kernels_, horizontal), tile_nbytes(*kernels_, vertical)));
+  return halved_.reserve(resampler.horizontal.out * halved_stride(resampler.vertical.in)) &&
+         begin_above(above_, resampler.horizontal.in) && reserve_scratch();
+}
+
+// At every use: a larger film that begins meanwhile may have found no memory, and left the thread's scratch empty.
+bool RowGroups::reserve_scratch() {
+  const Axis &horizontal = resampler_->horizontal, &vertical = resampler_->vertical;
+  if (!scratch_->window.reserve(kernels_->group_rows * window_stride(horizontal.in)) ||
+      !scratch_->tile.reserve(std::max(tile_nbytes(*kernels_, horizontal), tile_nbytes(*kernels_, vertical)))) {
+    status_ = kNoMemory;
+  }
+  return status_.ok();
 }
 
 // Calls fill(first, rows, window, stride) to put rows into the window, first counted from those that come now.
 template <typename Fill>
 void RowGroups::add(size_t count, Fill fill) {
+  if (!reserve_scratch()) return;
   const Axis& horizontal = resampler_->horizontal;
   const size_t stride = window_stride(horizontal.in), between = halved_stride(resampler_->vertical.in);
   uint8_t* window = scratch_->window.data() + kWindowLead;
@@ -187,7 +196,7 @@ void RowGroups::add_grey(const uint8_t* grey, size_t stride_bytes, size_t count)
 }
 
 Status RowGroups::finish(uint8_t* out) {
-  if (!status_.ok()) return status_;
+  if (!status_.ok() || !reserve_scratch()) return status_;
   const Axis& vertical = resampler_->vertical;
   kernels_->resample_lines(vertical.spans.data(), vertical.out, vertical.weights.data(), halved_.data(),
                            halved_stride(vertical.in), vertical.out, out, vertical.out, scratch_->tile.data(),

@@ -74,6 +74,7 @@ class RowGroups {
   void release_above(size_t nbytes);
 
  private:
+  bool reserve_scratch();
   template <typename Fill>
   void add(size_t count, Fill fill);
 
