@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 from cxrfast import block
 
-pytestmark = pytest.mark.skipif(bool(block.MISSING), reason=block.MISSING or "built")
+pytestmark = [
+    pytest.mark.skipif(bool(block.MISSING), reason=block.MISSING or "built"),
+    pytest.mark.usefixtures("isa"),  # every instruction set that the CPU has
+]
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 2, 5), (3, 32, 7, 4), (2, 33, 5, 5), (1, 65, 9, 2), (5, 128, 3, 3), (2, 32, 70, 33)]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the largest value; sums of up to 4620 terms

@@ -1,44 +1,17 @@
-// norm_kernels.cpp - the passes of norm_kernels.h. The loops over channels are plain; the compiler vectorises them, for
-// the baseline, AVX2 and AVX-512, and the loader picks.
+// norm_kernels.cpp - the passes of norm_kernels.h. Channels are handled a few vectors at a time, all pixels of a chunk
+// for those before the next: what belongs to a channel then stays in registers.
 #include "norm_kernels.h"
 
-#include <cstring>
+#include "lanes.h"
 
 namespace cxrfast {
 namespace {
 
-#define CXRFAST_INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__linux__)
-#define CXRFAST_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define CXRFAST_CLONES
-#endif
-
-// Elements of a chunk of the kinds that go through x in order: some hundred chunks a map, each a few cache sizes.
+// Elements of a chunk of the kinds that go through x in order: some hundred chunks a map, each a part of the second
+// cache, because maps of many channels are gone through once for each few of them.
 constexpr int64_t kChunkElements = 65536;
-// Rows that are added up in float before they go to double: it keeps the conversions off the critical path.
-constexpr int64_t kRowsInFloat = 8;
-// Channels handled at a time by the summing kinds, so that their sums stay in registers or the first cache.
-constexpr int64_t kTile = 64;
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-CXRFAST_INLINE float to_float(float x) { return x; }
-CXRFAST_INLINE float to_float(Bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-CXRFAST_INLINE void store(float* to, float x) { *to = x; }
-CXRFAST_INLINE void store(Bf16* to, float x) {  // to nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  to->bits = uint16_t(x != x ? 0x7FC0 : rounded);
-}
+// Pixels that are added up in float before they go to double.
+constexpr int64_t kPixelsInFloat = 32;
 
 bool is_pooled(NormKind kind) {
   return kind == NormKind::kPool || kind == NormKind::kPoolBackwardSums || kind == NormKind::kPoolBackward;
@@ -46,208 +19,330 @@ bool is_pooled(NormKind kind) {
 
 int64_t rows_per_chunk(const NormJob& job) { return job.C < kChunkElements ? kChunkElements / job.C : 1; }
 
-// ---- kinds that go through x row by row; a row is one pixel's C channels ----
+// What a pass needs of some channels: scale and shift, or coef.
+template <int n, int k>
+struct Channels {
+  using L = Lanes<n>;
+  typename L::F values[3][k];
 
-// first = g and second = g * x of one value, or x and x * x when there is no gradient.
-template <bool kHasGrad, class T>
-CXRFAST_INLINE void sum_rows(const NormJob& job, int64_t begin, int64_t end, double* sums) {
-  const int64_t C = job.C;
-  const T* x = static_cast<const T*>(job.x);
-  const T* grad = static_cast<const T*>(job.grad);
-  for (int64_t c0 = 0; c0 < C; c0 += kTile) {
-    const int64_t width = C - c0 < kTile ? C - c0 : kTile;
-    double first[kTile] = {}, second[kTile] = {};
-    for (int64_t row0 = begin; row0 < end; row0 += kRowsInFloat) {
-      float some_first[kTile] = {}, some_second[kTile] = {};
-      const int64_t stop = row0 + kRowsInFloat < end ? row0 + kRowsInFloat : end;
-      for (int64_t row = row0; row < stop; ++row) {
-        const T* xs = x + row * C + c0;
-        const T* grads = grad + (kHasGrad ? row * C + c0 : 0);
-        for (int64_t c = 0; c < width; ++c) {
-          const float value = to_float(xs[c]);
-          float g = value;
+  CXRFAST_INLINE Channels(const float* a, const float* b, const float* c, int64_t first) {
+    const float* from[3] = {a, b, c};
+    for (int which = 0; which < 3; ++which)
+#pragma GCC unroll 2
+      for (int i = 0; i < k; ++i)
+        if (from[which] != nullptr) L::load(from[which] + first + i * n, values[which][i]);
+  }
+};
+
+// Sums of some channels: in float over a few pixels, then in double.
+template <int n, int k>
+struct Sums {
+  using L = Lanes<n>;
+  typename L::F first[k] = {}, second[k] = {};
+  double total_first[k * n] = {}, total_second[k * n] = {};
+
+  CXRFAST_INLINE void add(int i, const typename L::F& a, const typename L::F& b) {
+    first[i] += a;
+    second[i] += a * b;
+  }
+  CXRFAST_INLINE void flush() {
+    float a[k * n], b[k * n];
+#pragma GCC unroll 2
+    for (int i = 0; i < k; ++i) {
+      L::store(a + i * n, first[i]);
+      L::store(b + i * n, second[i]);
+      first[i] = second[i] = typename L::F{};
+    }
+    for (int c = 0; c < k * n; ++c) {
+      total_first[c] += double(a[c]);
+      total_second[c] += double(b[c]);
+    }
+  }
+  CXRFAST_INLINE void store(double* sums, int64_t C, int64_t c0) const {
+    for (int c = 0; c < k * n; ++c) {
+      sums[c0 + c] = total_first[c];
+      sums[C + c0 + c] = total_second[c];
+    }
+  }
+};
+
+// ---- kinds that go through x pixel by pixel: [begin, end) of all pixels, each C channels ----
+
+// Sums of x and x * x; or of g and g * x.
+template <bool kHasGrad>
+struct SumPixels {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t begin, int64_t end, double* out) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    const int64_t C = job.C;
+    const T* x = static_cast<const T*>(job.x) + c0;
+    const T* grad = static_cast<const T*>(job.grad) + (kHasGrad ? c0 : 0);
+    const Channels<n, k> affine(job.scale, job.shift, nullptr, c0);
+    Sums<n, k> sums;
+    for (int64_t some = begin; some < end; some += kPixelsInFloat) {
+      const int64_t stop = some + kPixelsInFloat < end ? some + kPixelsInFloat : end;
+      for (int64_t pixel = some; pixel < stop; ++pixel) {
+#pragma GCC unroll 2
+        for (int i = 0; i < k; ++i) {
+          F value, g;
+          L::load(x + pixel * C + i * n, value);
           if constexpr (kHasGrad) {
-            const bool dead = value * job.scale[c0 + c] + job.shift[c0 + c] <= 0;
-            g = dead ? 0.0f : to_float(grads[c]);
+            L::load(grad + pixel * C + i * n, g);
+            const F y = value * affine.values[0][i] + affine.values[1][i];
+            g = y <= 0 ? F{} : g;
+          } else {
+            g = value;
           }
-          some_first[c] += g;
-          some_second[c] += g * value;
+          sums.add(i, g, value);
         }
       }
-      for (int64_t c = 0; c < width; ++c) {
-        first[c] += double(some_first[c]);
-        second[c] += double(some_second[c]);
+      sums.flush();
+    }
+    sums.store(out, C, c0);
+  }
+};
+
+struct Relu {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t begin, int64_t end) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    const int64_t C = job.C;
+    const T* x = static_cast<const T*>(job.x) + c0;
+    T* out = static_cast<T*>(job.out) + c0;
+    const Channels<n, k> affine(job.scale, job.shift, nullptr, c0);
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+#pragma GCC unroll 2
+      for (int i = 0; i < k; ++i) {
+        F value;
+        L::load(x + pixel * C + i * n, value);
+        const F y = value * affine.values[0][i] + affine.values[1][i];
+        const F rectified = y < 0 ? F{} : y;  // this way round a NaN passes, and training's guard sees it
+        L::store(out + pixel * C + i * n, rectified);
       }
     }
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c0 + c] = first[c];
-      sums[C + c0 + c] = second[c];
-    }
   }
-}
+};
 
-template <class T>
-CXRFAST_INLINE void relu_rows(const NormJob& job, int64_t begin, int64_t end) {
-  const int64_t C = job.C;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(job.x) + row * C;
-    T* out = static_cast<T*>(job.out) + row * C;
-    for (int64_t c = 0; c < C; ++c) {
-      const float value = to_float(x[c]) * job.scale[c] + job.shift[c];
-      store(out + c, value < 0 ? 0.0f : value);  // this way round a NaN passes, and training's guard sees it
+struct ReluBackward {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t begin, int64_t end) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    const int64_t C = job.C;
+    const T* x = static_cast<const T*>(job.x) + c0;
+    const T* grad = static_cast<const T*>(job.grad) + c0;
+    T* out = static_cast<T*>(job.out) + c0;
+    const Channels<n, k> affine(job.scale, job.shift, nullptr, c0);
+    const Channels<n, k> coef(job.coef, job.coef + C, job.coef + 2 * C, c0);
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+#pragma GCC unroll 2
+      for (int i = 0; i < k; ++i) {
+        F value, g;
+        L::load(x + pixel * C + i * n, value);
+        L::load(grad + pixel * C + i * n, g);
+        const F y = value * affine.values[0][i] + affine.values[1][i];
+        g = y <= 0 ? F{} : g;
+        L::store(out + pixel * C + i * n, coef.values[0][i] * g + (coef.values[1][i] * value + coef.values[2][i]));
+      }
     }
   }
-}
-
-template <class T>
-CXRFAST_INLINE void relu_backward_rows(const NormJob& job, int64_t begin, int64_t end) {
-  const int64_t C = job.C;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(job.x) + row * C;
-    const T* grad = static_cast<const T*>(job.grad) + row * C;
-    T* out = static_cast<T*>(job.out) + row * C;
-    for (int64_t c = 0; c < C; ++c) {
-      const float value = to_float(x[c]);
-      const float incoming = to_float(grad[c]);
-      const float g = value * job.scale[c] + job.shift[c] <= 0 ? 0.0f : incoming;
-      store(out + c, job.coef[c] * g + job.coef[C + c] * value + job.coef[2 * C + c]);
-    }
-  }
-}
+};
 
 // ---- kinds that pool; a chunk is one row of the pooled map ----
 
-// x at the upper left corner of the window of pooled pixel (chunk, column).
-template <class T>
-CXRFAST_INLINE const T* window(const NormJob& job, int64_t chunk, int64_t column) {
-  const int64_t half = job.H / 2;
-  const int64_t row = chunk / half * job.H + chunk % half * 2;
-  return static_cast<const T*>(job.x) + (row * job.W + column * 2) * job.C;
-}
+// Where the chunk's first window begins in x, and its first value in the pooled maps.
+struct PooledRow {
+  int64_t x, pooled, columns, below;
 
-template <class T>
-CXRFAST_INLINE void pool_row(const NormJob& job, int64_t chunk) {
-  const int64_t C = job.C, width = job.W / 2, below = job.W * C;
-  for (int64_t column = 0; column < width; ++column) {
-    const T* x = window<T>(job, chunk, column);
-    const int64_t at = (chunk * width + column) * C;
-    T* out = static_cast<T*>(job.out) + at;
-    uint8_t* place = job.place + at;
-    const uint8_t* bytes = job.bytes ? job.bytes + at : nullptr;
-    for (int64_t c = 0; c < C; ++c) {
-      const float scale = job.scale[c], shift = job.shift[c];
-      float best = to_float(x[c]) * scale + shift;
-      uint8_t where = 0;
-      const float others[3] = {to_float(x[C + c]) * scale + shift, to_float(x[below + c]) * scale + shift,
-                               to_float(x[below + C + c]) * scale + shift};
-      for (int k = 0; k < 3; ++k) {  // the first of equals, as torch has it
-        where = others[k] > best ? uint8_t(k + 1) : where;
-        best = others[k] > best ? others[k] : best;
-      }
-      const bool dead = best <= 0;
-      store(out + c, dead ? 0.0f : best * job.keep_scale);
-      place[c] = dead ? kNowhere : where;
-    }
-    if (bytes == nullptr) continue;
-    for (int64_t c = 0; c < C; ++c) {
-      const bool dropped = bytes[c] < job.threshold;
-      store(out + c, dropped ? 0.0f : to_float(out[c]));
-      place[c] = dropped ? kNowhere : place[c];
-    }
+  CXRFAST_INLINE PooledRow(const NormJob& job, int64_t chunk) {
+    const int64_t half = job.H / 2;
+    columns = job.W / 2;
+    below = job.W * job.C;
+    x = (chunk / half * job.H + chunk % half * 2) * below;
+    pooled = chunk * columns * job.C;
   }
-}
+};
 
-template <class T>
-CXRFAST_INLINE void pool_sums(const NormJob& job, int64_t chunk, double* sums) {
-  const int64_t C = job.C, width = job.W / 2, below = job.W * C;
-  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0;
-  for (int64_t column = 0; column < width; ++column) {
-    const T* x = window<T>(job, chunk, column);
-    const int64_t at = (chunk * width + column) * C;
-    const T* grad = static_cast<const T*>(job.grad) + at;
-    const uint8_t* place = job.place + at;
-    for (int64_t c = 0; c < C; ++c) {
-      const float four[4] = {to_float(x[c]), to_float(x[C + c]), to_float(x[below + c]), to_float(x[below + C + c])};
-      float value = place[c] == 1 ? four[1] : four[0];
-      value = place[c] == 2 ? four[2] : value;
-      value = place[c] == 3 ? four[3] : value;
-      const float g = place[c] == kNowhere ? 0.0f : to_float(grad[c]) * job.keep_scale;
-      sums[c] += double(g);
-      sums[C + c] += double(g * value);
-    }
-  }
-}
-
-// One pixel that no window holds: the last row or column of an odd side.
-template <class T>
-CXRFAST_INLINE void outside(const NormJob& job, int64_t at) {
-  const int64_t C = job.C;
-  const T* x = static_cast<const T*>(job.x) + at;
-  T* out = static_cast<T*>(job.out) + at;
-  for (int64_t c = 0; c < C; ++c) store(out + c, job.coef[C + c] * to_float(x[c]) + job.coef[2 * C + c]);
-}
-
-template <class T>
-CXRFAST_INLINE void pool_backward_row(const NormJob& job, int64_t chunk) {
-  const int64_t C = job.C, width = job.W / 2, half = job.H / 2, below = job.W * C;
-  for (int64_t column = 0; column < width; ++column) {
-    const T* x = window<T>(job, chunk, column);
-    const int64_t at = (chunk * width + column) * C;
-    T* out = static_cast<T*>(job.out) + (x - static_cast<const T*>(job.x));
-    const T* grad = static_cast<const T*>(job.grad) + at;
-    const uint8_t* place = job.place + at;
-    for (int k = 0; k < 4; ++k) {
-      const int64_t corner = (k & 1) * C + (k >> 1) * below;
-      for (int64_t c = 0; c < C; ++c) {
-        const float incoming = to_float(grad[c]) * job.keep_scale;
-        const float g = place[c] == k ? incoming : 0.0f;
-        store(out + corner + c, job.coef[c] * g + job.coef[C + c] * to_float(x[corner + c]) + job.coef[2 * C + c]);
+struct Pool {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t chunk) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    using I = typename L::I;
+    const int64_t C = job.C;
+    const PooledRow row(job, chunk);
+    const T* x = static_cast<const T*>(job.x) + row.x + c0;
+    const int64_t corners[4] = {0, C, row.below, row.below + C};
+    const Channels<n, k> affine(job.scale, job.shift, nullptr, c0);
+    for (int64_t column = 0; column < row.columns; ++column, x += 2 * C) {
+      const int64_t at = row.pooled + column * C + c0;
+#pragma GCC unroll 2
+      for (int i = 0; i < k; ++i) {
+        F best{};
+        I where{};
+#pragma GCC unroll 4
+        for (int corner = 0; corner < 4; ++corner) {
+          F value;
+          L::load(x + corners[corner] + i * n, value);
+          value = value * affine.values[0][i] + affine.values[1][i];
+          if (corner == 0) {
+            best = value;
+          } else {  // the first of equals, as torch has it
+            where = value > best ? I{} + corner : where;
+            best = value > best ? value : best;
+          }
+        }
+        I dead = best <= 0;
+        if (job.bytes != nullptr) {
+          I bytes;
+          L::load(job.bytes + at + i * n, bytes);
+          dead |= bytes < job.threshold;
+        }
+        best = dead ? F{} : best * job.keep_scale;
+        where = dead ? I{} + int32_t(kNowhere) : where;
+        L::store(static_cast<T*>(job.out) + at + i * n, best);
+        L::store(job.place + at + i * n, where);
       }
     }
   }
-  const int64_t row = chunk / half * job.H + chunk % half * 2;
-  if (job.W % 2)
-    for (int64_t k = 0; k < 2; ++k) outside<T>(job, ((row + k) * job.W + job.W - 1) * C);
-  if (job.H % 2 && chunk % half == half - 1)
-    for (int64_t column = 0; column < job.W; ++column) outside<T>(job, ((row + 2) * job.W + column) * C);
+};
+
+struct PoolBackwardSums {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t chunk, double* out) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    using I = typename L::I;
+    const int64_t C = job.C;
+    const PooledRow row(job, chunk);
+    const T* x = static_cast<const T*>(job.x) + row.x + c0;
+    const int64_t corners[4] = {0, C, row.below, row.below + C};
+    Sums<n, k> sums;
+    for (int64_t some = 0; some < row.columns; some += kPixelsInFloat) {
+      const int64_t stop = some + kPixelsInFloat < row.columns ? some + kPixelsInFloat : row.columns;
+      for (int64_t column = some; column < stop; ++column, x += 2 * C) {
+        const int64_t at = row.pooled + column * C + c0;
+#pragma GCC unroll 2
+        for (int i = 0; i < k; ++i) {
+          I place;
+          L::load(job.place + at + i * n, place);
+          F value, g;
+          L::load(x + i * n, value);
+#pragma GCC unroll 3
+          for (int corner = 1; corner < 4; ++corner) {
+            F other;
+            L::load(x + corners[corner] + i * n, other);
+            value = place == corner ? other : value;
+          }
+          L::load(static_cast<const T*>(job.grad) + at + i * n, g);
+          g = place == int32_t(kNowhere) ? F{} : g * job.keep_scale;
+          sums.add(i, g, value);
+        }
+      }
+      sums.flush();
+    }
+    sums.store(out, C, c0);
+  }
+};
+
+// One pixel that no window holds, as all of them have it beside what comes through the pool.
+template <int n, int k, class T>
+CXRFAST_INLINE void outside(const NormJob& job, const Channels<n, k>& coef, int64_t at) {
+  using L = Lanes<n>;
+#pragma GCC unroll 2
+  for (int i = 0; i < k; ++i) {
+    typename L::F value;
+    L::load(static_cast<const T*>(job.x) + at + i * n, value);
+    L::store(static_cast<T*>(job.out) + at + i * n, coef.values[1][i] * value + coef.values[2][i]);
+  }
 }
 
-// ---- one chunk ----
+struct PoolBackward {
+  template <int n, int k, class T>
+  static CXRFAST_INLINE void run(int64_t c0, const NormJob& job, int64_t chunk) {
+    using L = Lanes<n>;
+    using F = typename L::F;
+    using I = typename L::I;
+    const int64_t C = job.C;
+    const PooledRow row(job, chunk);
+    const int64_t corners[4] = {0, C, row.below, row.below + C};
+    const Channels<n, k> coef(job.coef, job.coef + C, job.coef + 2 * C, c0);
+    for (int64_t column = 0; column < row.columns; ++column) {
+      const int64_t at = row.pooled + column * C + c0, from = row.x + column * 2 * C + c0;
+#pragma GCC unroll 2
+      for (int i = 0; i < k; ++i) {
+        I place;
+        L::load(job.place + at + i * n, place);
+        F incoming;
+        L::load(static_cast<const T*>(job.grad) + at + i * n, incoming);
+        incoming *= coef.values[0][i] * job.keep_scale;
+#pragma GCC unroll 4
+        for (int corner = 0; corner < 4; ++corner) {
+          F value;
+          L::load(static_cast<const T*>(job.x) + from + corners[corner] + i * n, value);
+          const F g = place == corner ? incoming : F{};
+          L::store(static_cast<T*>(job.out) + from + corners[corner] + i * n,
+                   g + (coef.values[1][i] * value + coef.values[2][i]));
+        }
+      }
+    }
+    // The last column and row of odd sides.
+    const int64_t half = job.H / 2;
+    if (job.W % 2)
+      for (int64_t k_row = 0; k_row < 2; ++k_row)
+        outside<n, k, T>(job, coef, row.x + k_row * row.below + (job.W - 1) * C + c0);
+    if (job.H % 2 && chunk % half == half - 1)
+      for (int64_t column = 0; column < job.W; ++column)
+        outside<n, k, T>(job, coef, row.x + 2 * row.below + column * C + c0);
+  }
+};
 
-template <class T>
-CXRFAST_INLINE void run_chunks(const NormJob& job, int64_t begin, int64_t end) {
-  const int64_t all = job.N * job.H * job.W, rows = rows_per_chunk(job);
+// ---- chunks ----
+
+template <int n, class T>
+CXRFAST_INLINE void run_chunks_of(const NormJob& job, int64_t begin, int64_t end) {
+  const int64_t C = job.C, all = job.N * job.H * job.W, rows = rows_per_chunk(job);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * rows, stop = first + rows < all ? first + rows : all;
-    double* sums = job.partial + chunk * 2 * job.C;
+    double* sums = job.partial + chunk * 2 * C;
     switch (job.kind) {
       case NormKind::kSums:
-        sum_rows<false, T>(job, first, stop, sums);
+        over_channels<SumPixels<false>, n, T, const NormJob&>(C, job, first, stop, sums);
         break;
       case NormKind::kRelu:
-        relu_rows<T>(job, first, stop);
+        over_channels<Relu, n, T, const NormJob&>(C, job, first, stop);
         break;
       case NormKind::kReluBackwardSums:
-        sum_rows<true, T>(job, first, stop, sums);
+        over_channels<SumPixels<true>, n, T, const NormJob&>(C, job, first, stop, sums);
         break;
       case NormKind::kReluBackward:
-        relu_backward_rows<T>(job, first, stop);
+        over_channels<ReluBackward, n, T, const NormJob&>(C, job, first, stop);
         break;
       case NormKind::kPool:
-        pool_row<T>(job, chunk);
+        over_channels<Pool, n, T, const NormJob&>(C, job, chunk);
         break;
       case NormKind::kPoolBackwardSums:
-        pool_sums<T>(job, chunk, sums);
+        over_channels<PoolBackwardSums, n, T, const NormJob&>(C, job, chunk, sums);
         break;
       case NormKind::kPoolBackward:
-        pool_backward_row<T>(job, chunk);
+        over_channels<PoolBackward, n, T, const NormJob&>(C, job, chunk);
         break;
     }
   }
 }
 
-CXRFAST_CLONES void run_float(const NormJob& job, int64_t begin, int64_t end) { run_chunks<float>(job, begin, end); }
-CXRFAST_CLONES void run_bf16(const NormJob& job, int64_t begin, int64_t end) { run_chunks<Bf16>(job, begin, end); }
+template <int n>
+CXRFAST_INLINE void run_chunks(const NormJob& job, int64_t begin, int64_t end) {
+  job.bf16 ? run_chunks_of<n, Bf16>(job, begin, end) : run_chunks_of<n, float>(job, begin, end);
+}
+
+void run_portable(const NormJob& job, int64_t begin, int64_t end) { run_chunks<4>(job, begin, end); }
+#if defined(__x86_64__)
+CXRFAST_AVX2 void run_avx2(const NormJob& job, int64_t begin, int64_t end) { run_chunks<8>(job, begin, end); }
+CXRFAST_AVX512 void run_avx512(const NormJob& job, int64_t begin, int64_t end) { run_chunks<16>(job, begin, end); }
+#endif
 
 }  // namespace
 
@@ -258,7 +353,16 @@ int64_t norm_chunks(const NormJob& job) {
 }
 
 void norm_run(const NormJob& job, int64_t begin, int64_t end) {
-  job.bf16 ? run_bf16(job, begin, end) : run_float(job, begin, end);
+  switch (best_level()) {
+#if defined(__x86_64__)
+    case Level::kAvx512:
+      return run_avx512(job, begin, end);
+    case Level::kAvx2:
+      return run_avx2(job, begin, end);
+#endif
+    default:
+      return run_portable(job, begin, end);
+  }
 }
 
 void norm_finish_sums(const NormJob& job, double* sums) {
