@@ -1,11 +1,13 @@
-"""What the device is and can do: its choice, its arithmetic under AMP, the rate of its matrix product, and steps that
-are captured once and replayed.
+"""What the device is and can do: its choice, its arithmetic under AMP, the rate of its matrix product, its memory from
+one step to the next, and steps that are captured once and replayed.
 
 Left out: several processes (parallel.py), and where films are kept (data.py).
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -110,6 +112,26 @@ def bf16_gain() -> float:
             return best_seconds(lambda: F.conv2d(a, w, padding=1), repeats=3)
 
     return convolve(torch.float32) / convolve(torch.bfloat16)
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Have this process keep, on a CPU with glibc, what a step frees for the next one; returns whether it does.
+
+    A map of a step is tens of MB. glibc gives blocks of that size back to the system as soon as they are freed, and
+    gets them again as pages that the kernel must clear: a third of a training step in bf16 (docs/notes.md). Kept, a
+    process holds what its largest step needed, no more. A GPU's allocator keeps blocks by itself, and other C
+    libraries are left alone.
+    """
+    try:
+        is_glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS, musl
+        is_glibc = False
+    if device.type != "cpu" or not is_glibc:
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    # no block in a mapping of its own, and a heap whose end is never given back
+    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

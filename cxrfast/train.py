@@ -52,6 +52,7 @@ from cxrfast.devices import (
     choose_device,
     choose_precision,
     device_name,
+    keep_freed_memory,
     matmul_rate,
     synchronise,
 )
@@ -351,6 +352,7 @@ class Trainer:
         self.recorded = self._open_run()
         self.precision = self._precision()
         _set_determinism(config.deterministic, device)
+        keep_freed_memory(device)
 
         train_index = self.store.index.iloc[self.split.train]
         self.normalisation = pixel_statistics(self.store, self.split.train)
