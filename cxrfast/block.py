@@ -1,12 +1,12 @@
 """A block of the network on the CPU (csrc/block): batch norm with what follows it in one pass, and convolutions whose
 weight gradient is ours where torch's is slow.
 
-    conv             the block's first convolution
-    norm_relu_conv   batch norm, ReLU, the block's second convolution
-    norm_pool        batch norm, 2x2 max-pool, ReLU, dropout
+    conv_norm_relu_conv   convolution, batch norm, ReLU, convolution
+    norm_pool             batch norm, 2x2 max-pool, ReLU, dropout
 
-They compute what torch's own layers compute, forward and backward, and keep less: the first computes the convolution's
-input again in the backward pass, the second keeps one byte per pooled value instead of two maps and an index.
+They compute what torch's own layers compute, forward and backward, and keep less: the first computes the second
+convolution's input again in the backward pass, and where it begins at an image writes no gradient of the first's
+result; the second keeps one byte per pooled value instead of two maps and an index.
 Left out: GPUs, float64, and the layers' plain form (models.py), which serves wherever `usable` says no.
 """
 
@@ -51,17 +51,15 @@ def usable(x: Tensor) -> bool:
     )
 
 
-def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer(x)`` for a 3x3 convolution with padding 1 and no bias; for maps of the kind that `usable` takes."""
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    out: Tensor = _Conv.apply(x, layer.weight)
-    return out
-
-
-def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
-    """conv(relu(norm(x))) for a 3x3 convolution with padding 1 and no bias; (N, C, H, W) to (N, out, H, W)."""
-    out: Tensor = _NormReluConv.apply(x, norm.weight, norm.bias, conv.weight, norm)
+def conv_norm_relu_conv(x: Tensor, conv1: nn.Conv2d, norm: nn.BatchNorm2d, conv2: nn.Conv2d) -> Tensor:
+    """conv2(relu(norm(conv1(x)))) for 3x3 convolutions with padding 1 and no bias; for maps that `usable` takes."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    out: Tensor
+    if x.shape[1] == 1 and not x.requires_grad:
+        out = _ImageConvNormReluConv.apply(x, conv1.weight, norm.weight, norm.bias, conv2.weight, norm, dtype)
+    else:
+        between: Tensor = _Conv.apply(x.to(dtype), conv1.weight)
+        out = _NormReluConv.apply(between, norm.weight, norm.bias, conv2.weight, norm)
     return out
 
 
@@ -81,13 +79,15 @@ def norm_pool(x: Tensor, norm: nn.BatchNorm2d, noise: Tensor | None, threshold: 
 class _Affine:
     """The affine map per channel that a batch norm is for one batch, and its derivative."""
 
-    def __init__(self, x: Tensor, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, x: Tensor, norm: nn.BatchNorm2d, sums: Tensor | None = None) -> None:
+        """``sums``: those of x and of x * x, float64 (2, C), where they are known."""
         self.all_reduce = getattr(norm, "all_reduce", None) if norm.training else None
         weight, bias = norm.weight.detach(), norm.bias.detach()
         self.count = x.numel() / x.shape[1]
         if norm.training:
-            sums = torch.empty(2, x.shape[1], dtype=torch.float64)
-            torch.ops.cxrfast_block.sums(_nhwc(x), sums)
+            if sums is None:
+                sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+                torch.ops.cxrfast_block.sums(_nhwc(x), sums)
             sums = self._over_all(sums)
             self.mean = sums[0] / self.count
             variance = (sums[1] / self.count - self.mean * self.mean).clamp_(min=0)
@@ -213,17 +213,53 @@ class _NormReluConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
         affine: _Affine = ctx.affine
-        y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
-        incoming = _channels_last(grads[0], x.dtype)
-        grad_y, grad_kernel = conv_backward(incoming, y, kernel, True)
-        del y
-        assert grad_y is not None
-        grad = _channels_last(grad_y, x.dtype)
-        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
-        torch.ops.cxrfast_block.relu_backward_sums(_nhwc(x), _nhwc(grad), affine.scale, affine.shift, sums)
+        grad, sums, grad_kernel = _relu_conv_backward(grads[0], x, affine, kernel)
         coef, grad_weight, grad_bias = affine.backward(sums)
         torch.ops.cxrfast_block.relu_backward(_nhwc(x), _nhwc(grad), affine.scale, affine.shift, coef)
         return grad, grad_weight, grad_bias, grad_kernel, None
+
+
+class _ImageConvNormReluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, kernel1: Tensor, weight: Tensor, bias: Tensor, kernel2: Tensor,
+        norm: nn.BatchNorm2d, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        N, _, H, W = image.shape
+        image = image.float().view(N, H, W)
+        x = torch.empty(N, len(kernel1), H, W, dtype=dtype, memory_format=torch.channels_last)
+        sums = torch.empty(2, len(kernel1), dtype=torch.float64)
+        taps = kernel1.detach().float().view(-1, 9).t().contiguous()
+        torch.ops.cxrfast_block.image_conv(image, taps, _nhwc(x), sums)
+        ctx.affine = _Affine(x, norm, sums)
+        ctx.save_for_backward(image, x, kernel1, kernel2)
+        return _convolve(_relu(x, ctx.affine), kernel2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        image, x, kernel1, kernel2 = ctx.saved_tensors
+        affine: _Affine = ctx.affine
+        grad, sums, grad_kernel2 = _relu_conv_backward(grads[0], x, affine, kernel2)
+        coef, grad_weight, grad_bias = affine.backward(sums)
+        taps = torch.empty(9, x.shape[1], dtype=torch.float64)
+        torch.ops.cxrfast_block.image_conv_backward(
+            image, _nhwc(x), _nhwc(grad), affine.scale, affine.shift, coef, taps
+        )
+        grad_kernel1 = taps.t().reshape(kernel1.shape).to(kernel1.dtype)
+        return None, grad_kernel1, grad_weight, grad_bias, grad_kernel2, None, None
+
+
+def _relu_conv_backward(grad: Tensor, x: Tensor, affine: _Affine, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through conv(relu(affine(x))): the gradient before the convolution, its sums for `_Affine.backward`, and
+    the kernel's gradient."""
+    y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
+    grad_y, grad_kernel = conv_backward(_channels_last(grad, x.dtype), y, kernel, True)
+    del y
+    assert grad_y is not None
+    grad_y = _channels_last(grad_y, x.dtype)
+    sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+    torch.ops.cxrfast_block.relu_backward_sums(_nhwc(x), _nhwc(grad_y), affine.scale, affine.shift, sums)
+    return grad_y, sums, grad_kernel
 
 
 class _NormPool(torch.autograd.Function):

@@ -125,7 +125,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         drops = self.training and self.dropout.threshold > 0
         if fused.usable(x) and (noise is not None or not drops):
-            x = fused.norm_relu_conv(fused.conv(x, self.conv1), self.norm1, self.conv2)
+            x = fused.conv_norm_relu_conv(x, self.conv1, self.norm1, self.conv2)
             return fused.norm_pool(x, self.norm2, noise if drops else None, self.dropout.threshold)
         x = self.conv1(x)
         x = self.conv2(F.relu(self.norm1(x), inplace=True))

@@ -60,19 +60,21 @@ def compare(fused, plain, x, layers, training):
             torch.testing.assert_close(p.double(), q.double(), rtol=1e-3, atol=1e-4)
 
 
+def make_conv(channels: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, padding=1, bias=False)
+
+
+def plain_conv_norm_relu_conv(x, conv1, norm, conv2):
+    return conv2(F.relu(norm(conv1(x))))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("out", [5, 6, 64])
-def test_norm_relu_conv(shape, training, out):
+def test_conv_norm_relu_conv(shape, training, out):
     torch.manual_seed(0)
-    conv = nn.Conv2d(shape[1], out, 3, padding=1, bias=False)
-    compare(
-        block.norm_relu_conv,
-        lambda x, n, c: c(F.relu(n(x))),
-        channels_last(*shape),
-        [make_norm(shape[1]), conv],
-        training,
-    )
+    layers = [make_conv(shape[1], out), make_norm(out), make_conv(out, 3)]
+    compare(block.conv_norm_relu_conv, plain_conv_norm_relu_conv, channels_last(*shape), layers, training)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 16, 1, 9), (1, 48, 9, 1), (40, 16, 3, 2), (1, 256, 70, 40)])
@@ -80,13 +82,65 @@ def test_norm_relu_conv(shape, training, out):
 def test_conv(shape, out):
     """Rows in one part and in many, tiles of six, four and two, groups of rows within and across images."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(shape[1], out, 3, padding=1, bias=False)
-    compare(block.conv, lambda x, c: c(x), channels_last(*shape), [layer], True)
+    layer = make_conv(shape[1], out)
+    compare(lambda x, c: block._Conv.apply(x, c.weight), lambda x, c: c(x), channels_last(*shape), [layer], True)
 
 
 def test_conv_of_images_makes_a_channels_last_map():
-    out = block.conv(torch.randn(2, 1, 16, 16), nn.Conv2d(1, 32, 3, padding=1, bias=False))
+    out = block._Conv.apply(torch.randn(2, 1, 16, 16), make_conv(1, 32).weight)
     assert out.is_contiguous(memory_format=torch.channels_last) and block.usable(out)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (2, 5), (7, 3), (8, 17), (19, 33)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("out", [1, 5, 32, 49])
+def test_from_an_image(sides, training, out):
+    """Chunks of rows within and across images, tails of the channels."""
+    torch.manual_seed(0)
+    layers = [make_conv(1, out), make_norm(out), make_conv(out, 3)]
+    truth = [copy.deepcopy(layer).double().train(training) for layer in layers]
+    images = torch.randn(3, 1, *sides)
+    found = block.conv_norm_relu_conv(images, *(layer.train(training) for layer in layers))
+    expected = plain_conv_norm_relu_conv(images.double(), *truth)
+    assert type(found.grad_fn).__name__.startswith("_ImageConv")
+    assert_close(found, expected, torch.float32)
+    incoming = torch.randn(found.shape)
+    found.backward(incoming)
+    expected.backward(incoming.double())
+    largest = max(q.grad.abs().max().item() for layer in truth for q in layer.parameters())
+    for layer, true in zip(layers, truth, strict=True):
+        for p, q in zip(layer.parameters(), true.parameters(), strict=True):
+            # batch norm makes its convolution's gradient a small difference of large sums
+            torch.testing.assert_close(p.grad.double(), q.grad, rtol=0, atol=TOLERANCE[torch.float32] * largest)
+        for p, q in zip(layer.buffers(), true.buffers(), strict=True):
+            torch.testing.assert_close(p.double(), q.double(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_image_conv(dtype):
+    """Forward and backward passes by themselves, from the very values that they read."""
+    torch.manual_seed(0)
+    N, H, W, C = 2, 9, 21, 37
+    image, kernel = torch.randn(N, H, W), torch.randn(9, C)
+    x, sums = torch.empty(N, H, W, C, dtype=dtype), torch.empty(2, C, dtype=torch.float64)
+    torch.ops.cxrfast_block.image_conv(image, kernel, x, sums)
+    patches = F.unfold(image[:, None].double(), 3, padding=1).transpose(1, 2).reshape(-1, 9)
+    assert_close(x.double().view(-1, C), patches @ kernel.double(), dtype)
+    values = x.double().view(-1, C)
+    torch.testing.assert_close(sums, torch.stack([values.sum(0), values.square().sum(0)]), rtol=1e-5, atol=1e-3)
+
+    grad, (scale, shift), coef = torch.randn(N, H, W, C).to(dtype), torch.randn(2, C), torch.randn(3, C)
+    taps = torch.empty(9, C, dtype=torch.float64)
+    torch.ops.cxrfast_block.image_conv_backward(image, x, grad, scale, shift, coef, taps)
+    g = torch.where(values * scale + shift > 0, grad.double().view(-1, C), 0)
+    expected = patches.t() @ (coef[0] * g + coef[1] * values + coef[2])
+    torch.testing.assert_close(taps, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_an_image_that_wants_a_gradient_has_one():
+    image = torch.randn(2, 1, 8, 8, requires_grad=True)
+    block.conv_norm_relu_conv(image, make_conv(1, 4), make_norm(4), make_conv(4, 3)).square().sum().backward()
+    assert image.grad is not None and image.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,12 +178,16 @@ def test_the_first_of_equals_has_the_gradient():
 def test_bits_do_not_depend_on_threads():
     torch.manual_seed(0)
     x, layer = channels_last(8, 32, 40, 40), make_norm(32)
+    layers = [make_conv(1, 32), make_norm(32), make_conv(32, 2)]
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         layer.zero_grad()
         block.norm_pool(x.requires_grad_(), layer, None, 0).square().sum().backward()
         results.append([layer.weight.grad.clone(), layer.bias.grad.clone()])
+        layers[0].zero_grad()
+        block.conv_norm_relu_conv(x.detach()[:, :1], *layers).square().sum().backward()
+        results[-1].append(layers[0].weight.grad.clone())
         if block.HAS_WEIGHT_GRAD:
             taps = torch.empty(3, 3, 32, 32)
             maps = x.detach().permute(0, 2, 3, 1)
@@ -143,8 +201,8 @@ def test_bits_do_not_depend_on_threads():
 def test_a_nan_is_not_swallowed():
     x = channels_last(2, 3, 4, 4)
     x[0, 1, 2, 3] = float("nan")
-    conv = nn.Conv2d(3, 2, 3, padding=1, bias=False)
-    assert block.norm_relu_conv(x, nn.BatchNorm2d(3), conv).isnan().any()
+    assert block.conv_norm_relu_conv(x, make_conv(3, 4), nn.BatchNorm2d(4), make_conv(4, 2)).isnan().any()
+    assert block.conv_norm_relu_conv(x[:, 1:2], make_conv(1, 4), nn.BatchNorm2d(4), make_conv(4, 2)).isnan().any()
     assert block.norm_pool(x, nn.BatchNorm2d(3), None, 0).isnan().any()
 
 

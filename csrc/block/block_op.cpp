@@ -1,4 +1,5 @@
-// block_op.cpp - norm_kernels.h and weight_grad.h as torch operators, on torch's stable ABI (torch >= 2.10).
+// block_op.cpp - norm_kernels.h, image_conv.h and weight_grad.h as torch operators, on torch's stable ABI (torch
+// >= 2.10).
 //
 // Every operator writes into tensors that cxrfast/block.py has made; autograd is there too. Shapes are those of
 // channels-last maps seen as contiguous (N, H, W, C).
@@ -11,7 +12,9 @@
 #include <optional>
 #include <vector>
 
+#include "image_conv.h"
 #include "norm_kernels.h"
+#include "sums.h"
 #include "weight_grad.h"
 
 namespace cxrfast {
@@ -57,7 +60,7 @@ void run_sums(NormJob& job, const Tensor& sums) {
   std::vector<double> partial(size_t(norm_chunks(job) * 2 * job.C));
   job.partial = partial.data();
   run(job);
-  norm_finish_sums(job, static_cast<double*>(sums.data_ptr()));
+  finish_sums(partial.data(), norm_chunks(job), 2 * job.C, static_cast<double*>(sums.data_ptr()));
 }
 
 void norm_sums(const Tensor& x, const Tensor& sums) {
@@ -128,6 +131,50 @@ void norm_pool_backward(const Tensor& x, const Tensor& grad, const Tensor& place
   run(job);
 }
 
+ImageConvJob image_conv_job(const Tensor& image, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() &&
+                      (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16),
+                  "the map must be contiguous float32 or bfloat16 (N, H, W, C)");
+  ImageConvJob job{};
+  job.bf16 = x.scalar_type() == ScalarType::BFloat16;
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.C = x.size(3);
+  job.image = channel_values(image, job.N * job.H * job.W, "image");
+  return job;
+}
+
+// Runs all of it; sums (image_conv_sums) float64.
+void run_image_conv(ImageConvJob& job, const Tensor& sums) {
+  STD_TORCH_CHECK(
+      sums.numel() == image_conv_sums(job) && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
+      "sums must be ", image_conv_sums(job), " contiguous float64 values");
+  std::vector<double> partial(size_t(image_conv_chunks(job) * image_conv_sums(job)));
+  job.partial = partial.data();
+  torch::stable::parallel_for(0, image_conv_chunks(job), 1,
+                              [&](int64_t begin, int64_t end) { image_conv_run(job, begin, end); });
+  finish_sums(partial.data(), image_conv_chunks(job), image_conv_sums(job), static_cast<double*>(sums.data_ptr()));
+}
+
+void image_conv(const Tensor& image, const Tensor& kernel, const Tensor& out, const Tensor& sums) {
+  ImageConvJob job = image_conv_job(image, out);
+  job.kernel = channel_values(kernel, 9 * job.C, "kernel");
+  job.out = out.data_ptr();
+  run_image_conv(job, sums);
+}
+
+void image_conv_backward(const Tensor& image, const Tensor& x, const Tensor& grad, const Tensor& scale,
+                         const Tensor& shift, const Tensor& coef, const Tensor& grad_kernel) {
+  ImageConvJob job = image_conv_job(image, x);
+  job.backward = true;
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && grad.is_contiguous(),
+                  "grad must be like x");
+  job.x = x.data_ptr();
+  job.grad = grad.data_ptr();
+  job.scale = channel_values(scale, job.C, "scale");
+  job.shift = channel_values(shift, job.C, "shift");
+  job.coef = channel_values(coef, 3 * job.C, "coef");
+  run_image_conv(job, grad_kernel);
+}
+
 bool has_weight_grad() { return weight_grad_supported(); }
 
 void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
@@ -166,6 +213,10 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
       "Tensor(b!) place) -> ()");
   m.def("pool_backward_sums(Tensor x, Tensor grad, Tensor place, float keep_scale, Tensor(a!) sums) -> ()");
   m.def("pool_backward(Tensor x, Tensor grad, Tensor place, float keep_scale, Tensor coef, Tensor(a!) out) -> ()");
+  m.def("image_conv(Tensor image, Tensor kernel, Tensor(a!) out, Tensor(b!) sums) -> ()");
+  m.def(
+      "image_conv_backward(Tensor image, Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor coef, "
+      "Tensor(a!) grad_kernel) -> ()");
   m.def("has_weight_grad() -> bool");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
 }
@@ -182,5 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("pool", TORCH_BOX(&cxrfast::norm_pool));
   m.impl("pool_backward_sums", TORCH_BOX(&cxrfast::norm_pool_backward_sums));
   m.impl("pool_backward", TORCH_BOX(&cxrfast::norm_pool_backward));
+  m.impl("image_conv", TORCH_BOX(&cxrfast::image_conv));
+  m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
   m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
 }

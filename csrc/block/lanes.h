@@ -81,12 +81,13 @@ struct Lanes {
   }
 };
 
-// Calls Pass::run<n, vectors, T>(first channel, arguments...) for all C channels: two vectors at a time, then one, then
-// single values.
-template <class Pass, int n, class T, class... Arguments>
+// Calls Pass::run<n, vectors, T>(first channel, arguments...) for all C channels: two vectors at a time where kPairs,
+// then one, then single values.
+template <class Pass, int n, bool kPairs, class T, class... Arguments>
 CXRFAST_INLINE void over_channels(int64_t C, Arguments... arguments) {
   int64_t c = 0;
-  for (; c + 2 * n <= C; c += 2 * n) Pass::template run<n, 2, T>(c, arguments...);
+  if constexpr (kPairs)
+    for (; c + 2 * n <= C; c += 2 * n) Pass::template run<n, 2, T>(c, arguments...);
   for (; c + n <= C; c += n) Pass::template run<n, 1, T>(c, arguments...);
   for (; c < C; ++c) Pass::template run<1, 1, T>(c, arguments...);
 }

@@ -2,7 +2,10 @@
 // for those before the next: what belongs to a channel then stays in registers.
 #include "norm_kernels.h"
 
+#include <algorithm>
+
 #include "lanes.h"
+#include "sums.h"
 
 namespace cxrfast {
 namespace {
@@ -17,54 +20,11 @@ bool is_pooled(NormKind kind) {
   return kind == NormKind::kPool || kind == NormKind::kPoolBackwardSums || kind == NormKind::kPoolBackward;
 }
 
+bool is_summed(NormKind kind) {
+  return kind == NormKind::kSums || kind == NormKind::kReluBackwardSums || kind == NormKind::kPoolBackwardSums;
+}
+
 int64_t rows_per_chunk(const NormJob& job) { return job.C < kChunkElements ? kChunkElements / job.C : 1; }
-
-// What a pass needs of some channels: scale and shift, or coef.
-template <int n, int k>
-struct Channels {
-  using L = Lanes<n>;
-  typename L::F values[3][k];
-
-  CXRFAST_INLINE Channels(const float* a, const float* b, const float* c, int64_t first) {
-    const float* from[3] = {a, b, c};
-    for (int which = 0; which < 3; ++which)
-#pragma GCC unroll 2
-      for (int i = 0; i < k; ++i)
-        if (from[which] != nullptr) L::load(from[which] + first + i * n, values[which][i]);
-  }
-};
-
-// Sums of some channels: in float over a few pixels, then in double.
-template <int n, int k>
-struct Sums {
-  using L = Lanes<n>;
-  typename L::F first[k] = {}, second[k] = {};
-  double total_first[k * n] = {}, total_second[k * n] = {};
-
-  CXRFAST_INLINE void add(int i, const typename L::F& a, const typename L::F& b) {
-    first[i] += a;
-    second[i] += a * b;
-  }
-  CXRFAST_INLINE void flush() {
-    float a[k * n], b[k * n];
-#pragma GCC unroll 2
-    for (int i = 0; i < k; ++i) {
-      L::store(a + i * n, first[i]);
-      L::store(b + i * n, second[i]);
-      first[i] = second[i] = typename L::F{};
-    }
-    for (int c = 0; c < k * n; ++c) {
-      total_first[c] += double(a[c]);
-      total_second[c] += double(b[c]);
-    }
-  }
-  CXRFAST_INLINE void store(double* sums, int64_t C, int64_t c0) const {
-    for (int c = 0; c < k * n; ++c) {
-      sums[c0 + c] = total_first[c];
-      sums[C + c0 + c] = total_second[c];
-    }
-  }
-};
 
 // ---- kinds that go through x pixel by pixel: [begin, end) of all pixels, each C channels ----
 
@@ -99,7 +59,7 @@ struct SumPixels {
       }
       sums.flush();
     }
-    sums.store(out, C, c0);
+    sums.add_to(out, C, c0);
   }
 };
 
@@ -243,7 +203,7 @@ struct PoolBackwardSums {
       }
       sums.flush();
     }
-    sums.store(out, C, c0);
+    sums.add_to(out, C, c0);
   }
 };
 
@@ -307,27 +267,28 @@ CXRFAST_INLINE void run_chunks_of(const NormJob& job, int64_t begin, int64_t end
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * rows, stop = first + rows < all ? first + rows : all;
     double* sums = job.partial + chunk * 2 * C;
+    if (is_summed(job.kind)) std::fill_n(sums, 2 * C, 0.0);
     switch (job.kind) {
       case NormKind::kSums:
-        over_channels<SumPixels<false>, n, T, const NormJob&>(C, job, first, stop, sums);
+        over_channels<SumPixels<false>, n, true, T, const NormJob&>(C, job, first, stop, sums);
         break;
       case NormKind::kRelu:
-        over_channels<Relu, n, T, const NormJob&>(C, job, first, stop);
+        over_channels<Relu, n, true, T, const NormJob&>(C, job, first, stop);
         break;
       case NormKind::kReluBackwardSums:
-        over_channels<SumPixels<true>, n, T, const NormJob&>(C, job, first, stop, sums);
+        over_channels<SumPixels<true>, n, true, T, const NormJob&>(C, job, first, stop, sums);
         break;
       case NormKind::kReluBackward:
-        over_channels<ReluBackward, n, T, const NormJob&>(C, job, first, stop);
+        over_channels<ReluBackward, n, true, T, const NormJob&>(C, job, first, stop);
         break;
       case NormKind::kPool:
-        over_channels<Pool, n, T, const NormJob&>(C, job, chunk);
+        over_channels<Pool, n, true, T, const NormJob&>(C, job, chunk);
         break;
       case NormKind::kPoolBackwardSums:
-        over_channels<PoolBackwardSums, n, T, const NormJob&>(C, job, chunk, sums);
+        over_channels<PoolBackwardSums, n, true, T, const NormJob&>(C, job, chunk, sums);
         break;
       case NormKind::kPoolBackward:
-        over_channels<PoolBackward, n, T, const NormJob&>(C, job, chunk);
+        over_channels<PoolBackward, n, true, T, const NormJob&>(C, job, chunk);
         break;
     }
   }
@@ -363,13 +324,6 @@ void norm_run(const NormJob& job, int64_t begin, int64_t end) {
     default:
       return run_portable(job, begin, end);
   }
-}
-
-void norm_finish_sums(const NormJob& job, double* sums) {
-  const int64_t chunks = norm_chunks(job);
-  for (int64_t c = 0; c < 2 * job.C; ++c) sums[c] = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t c = 0; c < 2 * job.C; ++c) sums[c] += job.partial[chunk * 2 * job.C + c];
 }
 
 }  // namespace cxrfast

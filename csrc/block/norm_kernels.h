@@ -46,7 +46,4 @@ int64_t norm_chunks(const NormJob& job);
 // Does the chunks [begin, end).
 void norm_run(const NormJob& job, int64_t begin, int64_t end);
 
-// sums (2, C) from the partial sums of all chunks, in their order.
-void norm_finish_sums(const NormJob& job, double* sums);
-
 }  // namespace cxrfast
