@@ -226,7 +226,7 @@ class _ImageConvNormReluConv(torch.autograd.Function):
         norm: nn.BatchNorm2d, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         N, _, H, W = image.shape
-        image = image.float().view(N, H, W)
+        image = image.float().reshape(N, H, W).contiguous()
         x = torch.empty(N, len(kernel1), H, W, dtype=dtype, memory_format=torch.channels_last)
         sums = torch.empty(2, len(kernel1), dtype=torch.float64)
         taps = kernel1.detach().float().view(-1, 9).t().contiguous()
