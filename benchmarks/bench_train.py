@@ -1,20 +1,34 @@
 """What does one training step cost at 224 pixels and batch 32, against plain torch and against the paper's way?
 
-Three ways, the same network, the same real films, the same number of threads, end to end from what each trains from:
+    python -m pytest --benchmark-only -s benchmarks/bench_train.py
 
-    cxrfast  the trainer's own step, from a prepared store
-    plain    fp32, NCHW, nn.Conv2d ... nn.BCEWithLogitsLoss, torch.optim.Adam, from a tensor that is ready in memory
-    paper    the same, fed by a DataLoader whose workers decode and resize 1024-pixel PNGs with Pillow
+Four ways, the same network, the same real films, the same number of threads, end to end from what each trains from:
+
+    cxrfast        the trainer's own step, from a prepared store
+    cxrfast --amp  the same in what --amp means on this machine
+    plain          fp32, NCHW, nn.Conv2d ... nn.BCEWithLogitsLoss, torch.optim.Adam, from a tensor ready in memory
+    paper          the same, fed by a DataLoader whose workers decode and resize 1024-pixel PNGs with Pillow
+
+Each way has a process of its own, so that what the trainer does to its process (devices.keep_freed_memory) neither
+helps nor hurts another. They are timed in turns, and whoever has not the turn is stopped. In every round the matrix
+product is timed too, in fp32 and bf16: shares and ratios are of medians over the rounds.
 
 On a CPU the convolutions, not the decoding, are the cost of the paper's way; on a GPU it is the other way round.
-Before anything is timed, the three are seen to compute the same logits from the same weights.
+Before anything is timed, ours and the paper's are seen to compute the same logits from the same weights.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
+import statistics
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,25 +37,44 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cxrfast.data import pixel_statistics
+from cxrfast.devices import matmul_rate
 from cxrfast.loss import class_weights
-from cxrfast.models import encode_metadata
+from cxrfast.models import ChestNet, ModelName, age_statistics, encode_metadata
 from cxrfast.parallel import World
 from cxrfast.prep import PrepConfig, prepare
 from cxrfast.reference import PaperNet
+from cxrfast.splits import make_split
+from cxrfast.store import open_store
 from cxrfast.train import TrainConfig, Trainer
 
 SIZE, BATCH = 224, 32
 WORKERS = 2
+ROUNDS = 5
+STEPS = {"cxrfast": 2, "cxrfast --amp": 3, "plain": 1, "paper": 1}  # of one turn: each some seconds
+
+
+class Task(NamedTuple):
+    """What a way's process is given."""
+
+    way: str
+    model: ModelName
+    store: Path
+    films: Path
+    run: Path
 
 
 class PngFilms(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The paper's data set: a film is decoded and resized whenever it is asked for."""
 
-    def __init__(self, folder: Path, trainer: Trainer) -> None:
-        self.paths = [folder / name for name in trainer.store.index["file"]]
-        self.normalisation = trainer.normalisation
-        self.metadata = torch.from_numpy(encode_metadata(trainer.store.index, *trainer.age))
-        self.targets = torch.from_numpy(trainer.store.targets)
+    def __init__(self, task: Task) -> None:
+        store = open_store(task.store)
+        self.train = make_split("paper", store.index).train
+        self.paths = [task.films / name for name in store.index["file"]]
+        self.normalisation = pixel_statistics(store, self.train)
+        age = age_statistics(store.index.iloc[self.train]["age"])
+        self.metadata = torch.from_numpy(encode_metadata(store.index, *age))
+        self.targets = torch.from_numpy(store.targets)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,11 +87,11 @@ class PngFilms(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return (pixels - mean) / std, self.metadata[row], self.targets[row]
 
 
-def plain_step(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
+def plain_step(task: Task, films: PngFilms, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
     """Eager torch as the paper wrote it, on whatever the iterator gives."""
-    net = PaperNet(SIZE, trainer.config.model)
+    net = PaperNet(SIZE, task.model)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    pos_weight, _ = class_weights(trainer.store.targets[trainer.split.train])
+    pos_weight, _ = class_weights(films.targets.numpy()[films.train])
     criterion = nn.BCEWithLogitsLoss(pos_weight=pos_weight)
 
     def step() -> None:
@@ -83,14 +116,6 @@ def cxrfast_step(trainer: Trainer) -> Callable[[], object]:
     return step
 
 
-@pytest.fixture(scope="module")
-def store(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bench") / "store"
-    csv = data / "nih" / "metadata" / "Data_Entry_2017_v2020.csv"
-    prepare(PrepConfig(data / "nih" / "images", path, csv=csv, size=SIZE))
-    return path
-
-
 def assert_same_logits(trainer: Trainer, films: PngFilms) -> None:
     """In fp32, evaluated, from pixels that Pillow prepared and from the store's."""
     paper = PaperNet(SIZE, trainer.config.model)
@@ -103,32 +128,109 @@ def assert_same_logits(trainer: Trainer, films: PngFilms) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def make_step(task: Task) -> tuple[Callable[[], object], str]:
+    """The way's step, and its arithmetic."""
+    torch.manual_seed(0)
+    films = PngFilms(task)
+    if task.way == "plain":
+        ready = [torch.stack(column) for column in zip(*(films[row] for row in range(BATCH)), strict=True)]
+        return plain_step(task, films, itertools.repeat(tuple(ready))), "fp32"
+    if task.way == "paper":
+        loader = DataLoader(films, BATCH, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
+        return plain_step(task, films, (batch for _ in itertools.count() for batch in loader)), "fp32"
+    amp = task.way.endswith("--amp")
+    options = TrainConfig(task.store, task.run, model=task.model, batch_size=BATCH, amp=amp)
+    trainer = Trainer(options, World(), torch.device("cpu"))
+    assert_same_logits(trainer, films)
+    return cxrfast_step(trainer), trainer.precision.name
+
+
+def serve(task: Task, pipe: Connection) -> None:
+    """A way's process: says its arithmetic, then the seconds of a step at every turn."""
+    os.setsid()  # the workers of a DataLoader are stopped together with it
+    step, precision = make_step(task)
+    step()  # not timed: memory, threads, the first use of everything
+    pipe.send(precision)
+    while pipe.recv():
+        begin = time.perf_counter()
+        for _ in range(STEPS[task.way]):
+            step()
+        pipe.send((time.perf_counter() - begin) / STEPS[task.way])
+
+
+class Way:
+    """A way in its process, stopped but for its turns."""
+
+    def __init__(self, task: Task) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(task, other))
+        self.process.start()
+        other.close()  # so that a process that died is seen here as the end of its pipe
+        self.precision: str = self.pipe.recv()
+        self.seconds: list[float] = []
+        self._signal(signal.SIGSTOP)
+
+    def take_turn(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.pipe.send(True)
+        self.seconds.append(self.pipe.recv())
+        self._signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, number)
+
+
+@pytest.fixture(scope="module")
+def store(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "store"
+    csv = data / "nih" / "metadata" / "Data_Entry_2017_v2020.csv"
+    prepare(PrepConfig(data / "nih" / "images", path, csv=csv, size=SIZE))
+    return path
+
+
 @pytest.mark.films
 @pytest.mark.parametrize("model", ["cnn", "multimodal"])
-@pytest.mark.parametrize("way", ["cxrfast", "cxrfast --amp", "plain", "paper"])
-def test_training_step(benchmark, way, model, store, data, tmp_path):
-    amp = way.endswith("--amp")
-    trainer = Trainer(
-        TrainConfig(store, tmp_path / "run", model=model, batch_size=BATCH, amp=amp), World(), torch.device("cpu")
-    )
-    films = PngFilms(data / "nih" / "images", trainer)
-    assert_same_logits(trainer, films)
-    torch.manual_seed(0)
-    if way == "plain":
-        ready = [torch.stack(column) for column in zip(*(films[row] for row in range(BATCH)), strict=True)]
-        step = plain_step(trainer, itertools.repeat(tuple(ready)))
-    elif way == "paper":
-        loader = DataLoader(films, BATCH, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
-        step = plain_step(trainer, (batch for _ in itertools.count() for batch in loader))
-    else:
-        step = cxrfast_step(trainer)
-    benchmark.group = f"training step, {model}, {SIZE} pixels, batch {BATCH}"
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+def test_training_step(benchmark: Any, model: ModelName, store: Path, data: Path, tmp_path: Path) -> None:
+    ways: dict[str, Way] = {}
+    rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
+
+    def take_turns() -> None:
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            rates[name].append(matmul_rate(torch.device("cpu"), dtype))
+        for way in ways.values():
+            way.take_turn()
+
+    try:
+        for number, way in enumerate(STEPS):
+            ways[way] = Way(Task(way, model, store, data / "nih" / "images", tmp_path / f"run{number}"))
+        benchmark.pedantic(take_turns, rounds=ROUNDS)
+    finally:
+        for way in ways.values():
+            way.end()
+
+    flops = ChestNet(SIZE, model).flops_per_image(training=True)
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    speed = {name: BATCH / statistics.median(way.seconds) for name, way in ways.items()}
     benchmark.extra_info |= {
-        "way": way,
-        "precision": trainer.precision.name if "cxrfast" in way else "fp32",
-        "images_per_second": BATCH / benchmark.stats.stats.median,
+        "model": model,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "same_logits": True,
+        "matmul_gflops": {name: round(value / 1e9) for name, value in rate.items()},
+        "images_per_second": speed,
     }
+    print(f"\n  {model}, {SIZE} pixels, batch {BATCH}; matrix product", end=" ")
+    print(", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in rate.items()))
+    for name, way in ways.items():
+        fastest, slowest = BATCH / min(way.seconds), BATCH / max(way.seconds)
+        share = speed[name] * flops / rate[way.precision]
+        print(
+            f"  {name:13} {way.precision}: {speed[name]:5.2f} images/s ({slowest:.2f} to {fastest:.2f}), "
+            f"{speed[name] / speed['plain']:.2f} x plain, {share:.0%} of the matrix product in {way.precision}"
+        )
