@@ -30,7 +30,7 @@ from training import make_store
 from cxrfast.bench import make_noise_store
 from cxrfast.checkpoint import LATEST, PREVIOUS, load_checkpoint
 from cxrfast.cli.train import main
-from cxrfast.devices import Precision, ReplayedStep, bf16_gain
+from cxrfast.devices import Precision, ReplayedStep, bf16_gain, keep_freed_memory
 from cxrfast.errors import InputError
 from cxrfast.models import ChestNet, load_weights
 from cxrfast.nih import CLASSES
@@ -689,6 +689,29 @@ def _train_and_watch(options: TrainConfig, steps: int, out: Path) -> None:
     out.write_text(json.dumps(seen))
 
 
+def _allocate_and_watch(out: Path) -> None:
+    """MiB that stay of a freed tensor: as a library, then asked to keep (and whether that was done), then once more."""
+
+    def left_over() -> float:
+        before = anonymous_mib()
+        torch.ones(16 << 20)
+        return anonymous_mib() - before
+
+    left_over()  # threads and their stacks
+    seen = [left_over(), keep_freed_memory(torch.device("cpu")), left_over(), left_over()]
+    out.write_text(json.dumps(seen))
+
+
+def test_other_systems_and_gpus_are_left_alone(monkeypatch):
+    assert not keep_freed_memory(torch.device("cuda"))
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")  # as on macOS
+
+    monkeypatch.setattr(os, "confstr", unknown, raising=False)
+    assert not keep_freed_memory(torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
 class TestMemory:
@@ -703,6 +726,16 @@ class TestMemory:
         seen = self.watch(children, tmp_path, config(store, tmp_path / "run", epochs=20))
         assert len(seen) == 20
         assert seen[19] < seen[1] + 16
+
+    def test_what_is_freed_is_kept_from_the_trainer_on(self, children, tmp_path):
+        """A block of 64 MiB: given back before, kept afterwards, and used again."""
+        child = children.Process(target=_allocate_and_watch, args=(tmp_path / "seen.json",))
+        child.start()
+        child.join(300)
+        assert child.exitcode == 0
+        before, kept, after, again = json.loads((tmp_path / "seen.json").read_text())
+        assert before < 16 and again < 16
+        assert (after > 48) == kept
 
     def test_the_whole_data_set_from_the_mapped_file(self, children, tmp_path):
         """112,120 films of 224 pixels, 5.6 GB, of which the run reads what it trains on and keeps nothing."""
