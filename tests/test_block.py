@@ -86,6 +86,33 @@ def test_conv(shape, out):
     compare(lambda x, c: block._Conv.apply(x, c.weight), lambda x, c: c(x), channels_last(*shape), [layer], True)
 
 
+@pytest.mark.skipif(not block.HAS_WEIGHT_GRAD_BF16, reason="no bf16 products, or a matrix unit")
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 8, 2, 3), (3, 16, 7, 4), (1, 32, 40, 101), (5, 64, 9, 16)])
+@pytest.mark.parametrize("out", [32, 96])
+def test_weight_grad_bf16(shape, out):
+    """Odd and even rows, borders, parts that begin within an image."""
+    torch.manual_seed(0)
+    N, C, H, W = shape
+    x, grad = (channels_last(N, channels, H, W, dtype=torch.bfloat16) for channels in (C, out))
+    taps = torch.empty(3, 3, C, out)
+    torch.ops.cxrfast_block.weight_grad_bf16(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), taps)
+    expected = torch.nn.grad.conv2d_weight(x.double(), (out, C, 3, 3), grad.double(), padding=1)
+    assert_close(taps.permute(3, 2, 0, 1), expected, torch.float32)
+
+
+@pytest.mark.parametrize("width", [block.LONG_ROW - 1, block.LONG_ROW])
+def test_conv_backward_in_bf16(width):
+    """Whoever computes the weights' gradient, to the digits of bf16."""
+    torch.manual_seed(0)
+    x, grad = (channels_last(1, C, 5, width, dtype=torch.bfloat16) for C in (8, 32))
+    kernel = torch.randn(32, 8, 3, 3)
+    grad_x, grad_kernel = block.conv_backward(grad, x, kernel, True)
+    assert grad_kernel.dtype == torch.float32
+    wide = [t.double() for t in (grad, x, kernel.bfloat16())]
+    assert_close(grad_x, torch.nn.grad.conv2d_input(x.shape, wide[2], wide[0], padding=1), torch.bfloat16)
+    assert_close(grad_kernel, torch.nn.grad.conv2d_weight(wide[1], kernel.shape, wide[0], padding=1), torch.bfloat16)
+
+
 def test_conv_of_images_makes_a_channels_last_map():
     out = block._Conv.apply(torch.randn(2, 1, 16, 16), make_conv(1, 32).weight)
     assert out.is_contiguous(memory_format=torch.channels_last) and block.usable(out)
@@ -192,6 +219,10 @@ def test_bits_do_not_depend_on_threads():
             taps = torch.empty(3, 3, 32, 32)
             maps = x.detach().permute(0, 2, 3, 1)
             torch.ops.cxrfast_block.weight_grad(maps, maps, taps)
+            results[-1].append(taps)
+        if block.HAS_WEIGHT_GRAD_BF16:
+            taps, maps = torch.empty(3, 3, 32, 32), x.detach().permute(0, 2, 3, 1).bfloat16()
+            torch.ops.cxrfast_block.weight_grad_bf16(maps, maps, taps)
             results[-1].append(taps)
     torch.set_num_threads(threads)
     for found in results[1:]:

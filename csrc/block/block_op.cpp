@@ -16,6 +16,7 @@
 #include "norm_kernels.h"
 #include "sums.h"
 #include "weight_grad.h"
+#include "weight_grad_bf16.h"
 
 namespace cxrfast {
 namespace {
@@ -200,6 +201,31 @@ void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
   weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
 }
 
+bool has_weight_grad_bf16() { return weight_grad_bf16_supported(); }
+
+void weight_grad_bf16(const Tensor& x, const Tensor& grad, const Tensor& out) {
+  STD_TORCH_CHECK(weight_grad_bf16_supported(), "weight_grad_bf16 needs AVX512_BF16");
+  WeightGradBf16Job job{};
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16,
+                  "x must be contiguous bfloat16 (N, H, W, in)");
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_contiguous() && grad.scalar_type() == ScalarType::BFloat16 &&
+                      grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W,
+                  "grad must be contiguous bfloat16 (N, H, W, out)");
+  job.out = grad.size(3);
+  STD_TORCH_CHECK(job.in % kWeightGradBf16In == 0 && job.out % kWeightGradBf16Out == 0,
+                  "channels must be multiples of ", kWeightGradBf16In, " and ", kWeightGradBf16Out);
+  STD_TORCH_CHECK(out.numel() == 9 * job.out * job.in && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
+                  "out must be contiguous float32 (3, 3, in, out)");
+  job.x = static_cast<const uint16_t*>(x.data_ptr());
+  job.grad = static_cast<const uint16_t*>(grad.data_ptr());
+  const int64_t parts = weight_grad_bf16_parts(job);
+  std::vector<float> partial(size_t(parts * 9 * job.out * job.in));
+  job.partial = partial.data();
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { weight_grad_bf16_run(job, begin, end); });
+  finish_sums(partial.data(), parts, 9 * job.out * job.in, static_cast<float*>(out.data_ptr()));
+}
+
 }  // namespace
 }  // namespace cxrfast
 
@@ -218,11 +244,14 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
       "image_conv_backward(Tensor image, Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor coef, "
       "Tensor(a!) grad_kernel) -> ()");
   m.def("has_weight_grad() -> bool");
+  m.def("has_weight_grad_bf16() -> bool");
+  m.def("weight_grad_bf16(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
   m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
+  m.impl("has_weight_grad_bf16", TORCH_BOX(&cxrfast::has_weight_grad_bf16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
@@ -235,5 +264,6 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&cxrfast::norm_pool_backward));
   m.impl("image_conv", TORCH_BOX(&cxrfast::image_conv));
   m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
+  m.impl("weight_grad_bf16", TORCH_BOX(&cxrfast::weight_grad_bf16));
   m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
 }

@@ -53,7 +53,8 @@ struct Sums {
 };
 
 // sums (count) from the partial sums of all chunks, in their order.
-inline void finish_sums(const double* partial, int64_t chunks, int64_t count, double* sums) {
+template <class T>
+void finish_sums(const T* partial, int64_t chunks, int64_t count, T* sums) {
   for (int64_t k = 0; k < count; ++k) sums[k] = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t k = 0; k < count; ++k) sums[k] += partial[chunk * count + k];
