@@ -1,10 +1,10 @@
 // norm_kernels.h - batch norm with what follows it in a block of the network (ReLU; or 2x2 max-pool, ReLU and dropout),
 // forward and backward, on the CPU, each as one pass over memory.
 //
-// Maps are channels-last and dense: x[n][h][w][c], float or bfloat16, computed in float. Statistics are sums in float over
-// a few pixels, then in double, taken per chunk of a fixed size and added up in order: the same bits whatever the number
-// of threads.
-// Knows neither torch nor Python. Left out: other pool sizes, and NaN inside a pool window of an otherwise finite map.
+// Maps are channels-last and dense: x[n][h][w][c], float or bfloat16, computed in float. Statistics are sums in float
+// over a few pixels, then in double, taken per chunk of a fixed size and added up in order: the same bits whatever the
+// number of threads. Knows neither torch nor Python. Left out: other pool sizes, and NaN inside a pool window of an
+// otherwise finite map.
 #pragma once
 
 #include <cstdint>
