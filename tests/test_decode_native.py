@@ -139,6 +139,15 @@ def test_sides_around_a_films(isa: str, side: int) -> None:
     assert_equal_to_pillow(files, [224, 320])
 
 
+def test_large_films_beside_small_ones_of_many_sizes(isa: str) -> None:
+    """Rows of a large film are resampled while others begin and end: more sizes than the decoder remembers."""
+    rng = np.random.default_rng(8)
+    files = [random_png(rng, 40 + k, 90 - k, noise=20, level=1) for k in range(40)]
+    for at, (width, height) in ((0, (900, 700)), (20, (700, 1100)), (20, (500, 2000))):
+        files.insert(at, random_png(rng, width, height, noise=20))
+    assert_equal_to_pillow(files, [64])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_up_and_down(isa: str, size: int) -> None:
     rng = np.random.default_rng(size)
@@ -436,6 +445,23 @@ def test_stream_truncated_at_every_997th_byte(films: list[Path], isa: str) -> No
     cuts = [join([parts[0], *idats(stream[:nbytes]), END]) for nbytes in range(0, len(stream), 997)]
     decoded = cxrfast.decode_resize(cuts, 8)
     assert {str(status.message) for status in decoded.statuses} == {"image data ends early"}
+
+
+@pytest.mark.parametrize("row", [0, 500, 1099])
+def test_a_fault_behind_rows_that_were_taken(isa: str, row: int) -> None:
+    """A large film's rows are un-filtered before its end is seen: nothing of them is left in the image."""
+    rng = np.random.default_rng(row)
+    rows = bytearray(filtered_rows(rng, 300, 1100, 0, 8, 0, noise=20))
+    good = zlib.compress(rows)
+    rows[row * 301] = 7
+    files = [
+        join([ihdr(300, 1100), *idats(stream), END]) for stream in (zlib.compress(rows), good[:-4] + b"oops", good)
+    ]
+    decoded = cxrfast.decode_resize(files, 320, threads=1)
+    assert [status.code for status in decoded.statuses] == [Code.CORRUPT, Code.CORRUPT, Code.OK]
+    assert decoded.statuses[0].message == "bad row filter"
+    assert not decoded.images[:2].any() and not decoded.pixel_sum[:2].any()
+    assert np.array_equal(decoded.images[2], prepared(pillow.decode(files[2])[1], 320))
 
 
 # ---- limits come before memory and time ----
