@@ -740,7 +740,7 @@ class TestMemory:
     def test_the_whole_data_set_from_the_mapped_file(self, children, tmp_path):
         """112,120 films of 224 pixels, 5.6 GB, of which the run reads what it trains on and keeps nothing."""
         options = config(full_size_store(tmp_path / "store"), tmp_path / "run", batch_size=32, data="mmap")
-        limit = 2e9 / 2**20  # what a step needs is kept, so that what is seen after it is its peak
+        limit = 2048  # 2 GiB; what a step needs is kept, so that what is seen after it is its peak
         seen = self.watch(children, tmp_path, options, steps=3)
         assert len(seen) == 3 and max(seen) < limit
         resumed = self.watch(children, tmp_path, replace(options, resume=True), steps=2)
