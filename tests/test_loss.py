@@ -202,7 +202,8 @@ def test_any_strides(way: str, dtype: torch.dtype) -> None:
             assert not leaf.is_contiguous() and torch.equal(other.counts, counts.counts)
             dense = logits.clone().requires_grad_()
             module(dense, targets).backward()
-            spacing = 0 if way == "compiled" else torch.finfo(dtype).eps
+            # torch's AVX-512 code and its code for single values differ by the last bit of more than one function
+            spacing = 0 if way == "compiled" else 2 * torch.finfo(dtype).eps
             torch.testing.assert_close(leaf.grad, dense.grad, rtol=spacing, atol=0)
             assert loss == expected if way == "compiled" else loss.item() == pytest.approx(expected.item(), rel=1e-6)
     one = torch.tensor([[0.5]], dtype=dtype).expand(50, 3)
