@@ -121,16 +121,12 @@ CXRFAST_INLINE void run_chunks_of(const ImageConvJob& job, int64_t begin, int64_
   }
 }
 
-template <int n>
-CXRFAST_INLINE void run_chunks(const ImageConvJob& job, int64_t begin, int64_t end) {
-  job.bf16 ? run_chunks_of<n, Bf16>(job, begin, end) : run_chunks_of<n, float>(job, begin, end);
-}
-
-void run_portable(const ImageConvJob& job, int64_t begin, int64_t end) { run_chunks<4>(job, begin, end); }
-#if defined(__x86_64__)
-CXRFAST_AVX2 void run_avx2(const ImageConvJob& job, int64_t begin, int64_t end) { run_chunks<8>(job, begin, end); }
-CXRFAST_AVX512 void run_avx512(const ImageConvJob& job, int64_t begin, int64_t end) { run_chunks<16>(job, begin, end); }
-#endif
+struct Chunks {
+  template <int n>
+  static CXRFAST_INLINE void run(const ImageConvJob& job, int64_t begin, int64_t end) {
+    job.bf16 ? run_chunks_of<n, Bf16>(job, begin, end) : run_chunks_of<n, float>(job, begin, end);
+  }
+};
 
 }  // namespace
 
@@ -138,17 +134,6 @@ int64_t image_conv_sums(const ImageConvJob& job) { return (job.backward ? 9 : 2)
 
 int64_t image_conv_chunks(const ImageConvJob& job) { return (job.N * job.H + kRowsPerChunk - 1) / kRowsPerChunk; }
 
-void image_conv_run(const ImageConvJob& job, int64_t begin, int64_t end) {
-  switch (best_level()) {
-#if defined(__x86_64__)
-    case Level::kAvx512:
-      return run_avx512(job, begin, end);
-    case Level::kAvx2:
-      return run_avx2(job, begin, end);
-#endif
-    default:
-      return run_portable(job, begin, end);
-  }
-}
+void image_conv_run(const ImageConvJob& job, int64_t begin, int64_t end) { run_at_best_level<Chunks>(job, begin, end); }
 
 }  // namespace cxrfast

@@ -92,4 +92,34 @@ CXRFAST_INLINE void over_channels(int64_t C, Arguments... arguments) {
   for (; c < C; ++c) Pass::template run<1, 1, T>(c, arguments...);
 }
 
+// Chunks::run<n>(job, begin, end), compiled for each level with that level's vectors, at the best of them. A pass that
+// is to be inlined into them is CXRFAST_INLINE throughout.
+template <class Chunks, class Job>
+void run_portable(const Job& job, int64_t begin, int64_t end) {
+  Chunks::template run<4>(job, begin, end);
+}
+#if defined(__x86_64__)
+template <class Chunks, class Job>
+CXRFAST_AVX2 void run_avx2(const Job& job, int64_t begin, int64_t end) {
+  Chunks::template run<8>(job, begin, end);
+}
+template <class Chunks, class Job>
+CXRFAST_AVX512 void run_avx512(const Job& job, int64_t begin, int64_t end) {
+  Chunks::template run<16>(job, begin, end);
+}
+#endif
+template <class Chunks, class Job>
+void run_at_best_level(const Job& job, int64_t begin, int64_t end) {
+  switch (best_level()) {
+#if defined(__x86_64__)
+    case Level::kAvx512:
+      return run_avx512<Chunks>(job, begin, end);
+    case Level::kAvx2:
+      return run_avx2<Chunks>(job, begin, end);
+#endif
+    default:
+      return run_portable<Chunks>(job, begin, end);
+  }
+}
+
 }  // namespace cxrfast

@@ -294,16 +294,12 @@ CXRFAST_INLINE void run_chunks_of(const NormJob& job, int64_t begin, int64_t end
   }
 }
 
-template <int n>
-CXRFAST_INLINE void run_chunks(const NormJob& job, int64_t begin, int64_t end) {
-  job.bf16 ? run_chunks_of<n, Bf16>(job, begin, end) : run_chunks_of<n, float>(job, begin, end);
-}
-
-void run_portable(const NormJob& job, int64_t begin, int64_t end) { run_chunks<4>(job, begin, end); }
-#if defined(__x86_64__)
-CXRFAST_AVX2 void run_avx2(const NormJob& job, int64_t begin, int64_t end) { run_chunks<8>(job, begin, end); }
-CXRFAST_AVX512 void run_avx512(const NormJob& job, int64_t begin, int64_t end) { run_chunks<16>(job, begin, end); }
-#endif
+struct Chunks {
+  template <int n>
+  static CXRFAST_INLINE void run(const NormJob& job, int64_t begin, int64_t end) {
+    job.bf16 ? run_chunks_of<n, Bf16>(job, begin, end) : run_chunks_of<n, float>(job, begin, end);
+  }
+};
 
 }  // namespace
 
@@ -313,17 +309,6 @@ int64_t norm_chunks(const NormJob& job) {
   return (job.N * job.H * job.W + rows - 1) / rows;
 }
 
-void norm_run(const NormJob& job, int64_t begin, int64_t end) {
-  switch (best_level()) {
-#if defined(__x86_64__)
-    case Level::kAvx512:
-      return run_avx512(job, begin, end);
-    case Level::kAvx2:
-      return run_avx2(job, begin, end);
-#endif
-    default:
-      return run_portable(job, begin, end);
-  }
-}
+void norm_run(const NormJob& job, int64_t begin, int64_t end) { run_at_best_level<Chunks>(job, begin, end); }
 
 }  // namespace cxrfast
