@@ -30,7 +30,7 @@ if os.environ.get("CXRFAST_WERROR") == "1":
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: major, minor in the first two bytes
 
 # Plain shared libraries, loaded by torch or DALI and not by Python: no Python version in their names.
-PLAIN = {name: f"{name}.so" for name in ("_block", "_loss", "_loss_cuda", "_dali_operator")}
+PLAIN = {name: f"{name}.so" for name in ("_block", "_block_cuda", "_loss", "_loss_cuda", "_dali_operator")}
 
 
 class OptionalBuild(build_ext):
@@ -52,7 +52,7 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            if ext.name == "cxrfast._loss_cuda":
+            if ext.name.endswith("_cuda"):
                 self.build_with_nvcc(ext)
             else:
                 super().build_extension(ext)
@@ -104,7 +104,7 @@ def loss_extension() -> Extension | None:
     return Extension(
         "cxrfast._loss",
         sorted(glob.glob("csrc/loss/*.cpp")),
-        depends=sorted(glob.glob("csrc/loss/*.h")),
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/loss/*.h")),
         language="c++",
         extra_compile_args=[
             *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-std=c++20", "-O3"),
@@ -123,7 +123,7 @@ def block_extension() -> Extension | None:
     return Extension(
         "cxrfast._block",
         sorted(glob.glob("csrc/block/*.cpp")),
-        depends=sorted(glob.glob("csrc/block/*.h")),
+        depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/block/*.h")),
         language="c++",
         extra_compile_args=[
             *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-std=c++20", "-O3"),
@@ -134,34 +134,42 @@ def block_extension() -> Extension | None:
     )
 
 
-def loss_cuda_extension() -> Extension | None:
-    """cxrfast/_loss_cuda.so: the same on CUDA. None without nvcc, or without a torch for nvcc's own CUDA."""
+def cuda_extensions() -> list[Extension]:
+    """cxrfast/_loss_cuda.so and cxrfast/_block_cuda.so: the same on CUDA. None without nvcc, or without a torch for
+    nvcc's own CUDA."""
     torch, nvcc = folder_of("torch"), shutil.which("nvcc")
     if torch is None or nvcc is None or not (torch / "lib" / "libtorch_cuda.so").exists():
-        return None
+        return []
     reported = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     ours = re.search(r"release (\d+)", reported)
     theirs = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
     if ours is None or theirs is None or ours[1] != theirs[1]:
         print(
-            "warning: nvcc and torch are of different CUDA versions; the plain torch loss will be used on GPUs",
+            "warning: nvcc and torch are of different CUDA versions; plain torch will be used on GPUs",
             file=sys.stderr,
         )
-        return None
-    return Extension(
-        "cxrfast._loss_cuda",
-        ["csrc/loss/bce_auc_cuda.cu"],
-        depends=sorted([*glob.glob("csrc/loss/*.h"), *glob.glob("csrc/loss/*.cuh")]),
-        extra_compile_args=[
-            *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
-            *("-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"),
-            # from the T4 on; later cards compile the last one's PTX when it is first used
-            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (75, 80, 90)),
-            "-gencode=arch=compute_90,code=compute_90",
-        ],
-        library_dirs=[str(torch / "lib")],
-        libraries=["torch_cpu", "torch_cuda"],
-    )
+        return []
+    parts = {
+        "cxrfast._loss_cuda": ("csrc/loss/bce_auc_cuda.cu", ["-fmad=false"]),  # the CPU's bits
+        "cxrfast._block_cuda": ("csrc/block/block_cuda.cu", []),
+    }
+    return [
+        Extension(
+            name,
+            [source],
+            depends=sorted(glob.glob("csrc/*.h") + glob.glob(f"{Path(source).parent}/*.*h")),
+            extra_compile_args=[
+                *("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
+                *("-std=c++20", "-O3", *flags, "-Xcompiler=-fPIC,-fvisibility=hidden"),
+                # from the T4 on; later cards compile the last one's PTX when it is first used
+                *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (75, 80, 90)),
+                "-gencode=arch=compute_90,code=compute_90",
+            ],
+            library_dirs=[str(torch / "lib")],
+            libraries=["torch_cpu", "torch_cuda"],
+        )
+        for name, (source, flags) in parts.items()
+    ]
 
 
 def dali_operator() -> Extension | None:
@@ -234,7 +242,7 @@ def dali_version() -> str:
 
 
 dali_build = {"dali": "", "reason": ""}
-extensions = [png_extension(), block_extension(), loss_extension(), loss_cuda_extension(), dali_operator()]
+extensions = [png_extension(), block_extension(), loss_extension(), *cuda_extensions(), dali_operator()]
 setup(
     ext_modules=[extension for extension in extensions if extension is not None],
     cmdclass={"build_ext": OptionalBuild},

@@ -1,13 +1,14 @@
-"""A block of the network on the CPU (csrc/block): batch norm with what follows it in one pass, and convolutions whose
-weight gradient is ours where torch's is slow.
+"""A block of the network (csrc/block): batch norm with what follows it in one pass, and convolutions whose weight
+gradient is ours where torch's is slow.
 
     conv_norm_relu_conv   convolution, batch norm, ReLU, convolution
     norm_pool             batch norm, 2x2 max-pool, ReLU, dropout
 
 They compute what torch's own layers compute, forward and backward, and keep less: the first computes the second
-convolution's input again in the backward pass, and where it begins at an image writes no gradient of the first's
-result; the second keeps one byte per pooled value instead of two maps and an index.
-Left out: GPUs, float64, and the layers' plain form (models.py), which serves wherever `usable` says no.
+convolution's input again in the backward pass (on a CPU), and where it begins at an image writes no gradient of the
+first's result; the second keeps one byte per pooled value instead of two maps and an index. On a GPU the passes are
+CUDA kernels that ask the host nothing; the convolutions there are cuDNN's.
+Left out: float64, and the layers' plain form (models.py), which serves wherever `usable` says no.
 """
 
 from __future__ import annotations
@@ -20,45 +21,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _load() -> str:
-    path = Path(__file__).with_name("_block.so")
+def _load(file: str) -> str:
+    path = Path(__file__).with_name(file)
     if not path.exists():
         return f"{path.name} was not built"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{path.name} does not load: {error.__cause__ or error}"
     return ""
 
 
-MISSING = _load()
-"""Why the compiled part is not there; empty where it is."""
+MISSING: dict[str, str] = {"cpu": _load("_block.so")}
+"""Device type -> why the compiled part is not there; empty where it is."""
 
-HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad()
+# the CPU's holds the schemas too
+MISSING["cuda"] = "_block.so, which it builds on, is missing" if MISSING["cpu"] else _load("_block_cuda.so")
+
+HAS_WEIGHT_GRAD: bool = not MISSING["cpu"] and torch.ops.cxrfast_block.has_weight_grad()
 """Whether this CPU is one for our weight gradient in float32."""
 
-HAS_WEIGHT_GRAD_BF16: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad_bf16()
+HAS_WEIGHT_GRAD_BF16: bool = not MISSING["cpu"] and torch.ops.cxrfast_block.has_weight_grad_bf16()
 """Whether it is one for our weight gradient in bfloat16."""
 
 LONG_ROW = 100  # pixels, from which on the latter gains: each row costs a pass over a tile's weights
 
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+"""The maps' types that the compiled part takes."""
 
-def usable(x: Tensor) -> bool:
-    """Whether the compiled part takes this map: dense channels-last float32 or bfloat16 on the CPU."""
-    if MISSING or x.device.type != "cpu" or torch.compiler.is_compiling():
+CUDA_CHANNELS = 8, 256  # on a GPU channels are a multiple of the first, up to the second (block_kernel.cuh)
+
+
+def usable(x: Tensor, channels: int) -> bool:
+    """Whether the compiled part takes this map, and a batch norm of so many channels behind it: dense channels-last
+    float32 or bfloat16, on a GPU float16 too."""
+    device = x.device.type
+    if MISSING.get(device, "no such device") or torch.compiler.is_compiling():
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    multiple, most = CUDA_CHANNELS
     return (
-        dtype in (torch.float32, torch.bfloat16)
-        and x.dtype in (torch.float32, torch.bfloat16)
+        x.dtype in DTYPES[device]
+        and _dtype_of(x) in DTYPES[device]
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
+        and (device == "cpu" or (channels % multiple == 0 and channels <= most))
     )
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """Of the maps that are made from x: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def conv_norm_relu_conv(x: Tensor, conv1: nn.Conv2d, norm: nn.BatchNorm2d, conv2: nn.Conv2d) -> Tensor:
     """conv2(relu(norm(conv1(x)))) for 3x3 convolutions with padding 1 and no bias; for maps that `usable` takes."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = _dtype_of(x)
     out: Tensor
     if x.shape[1] == 1 and not x.requires_grad:
         out = _ImageConvNormReluConv.apply(x, conv1.weight, norm.weight, norm.bias, conv2.weight, norm, dtype)
@@ -82,62 +100,48 @@ def norm_pool(x: Tensor, norm: nn.BatchNorm2d, noise: Tensor | None, threshold: 
 
 
 class _Affine:
-    """The affine map per channel that a batch norm is for one batch, and its derivative."""
+    """The affine map per channel that a batch norm is for one batch, and its derivative (csrc/block/batch_norm.h)."""
 
     def __init__(self, x: Tensor, norm: nn.BatchNorm2d, sums: Tensor | None = None) -> None:
         """``sums``: those of x and of x * x, float64 (2, C), where they are known."""
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        assert norm.num_batches_tracked is not None
+        C = x.shape[1]
+        self.training = norm.training
         self.all_reduce = getattr(norm, "all_reduce", None) if norm.training else None
-        weight, bias = norm.weight.detach(), norm.bias.detach()
-        self.count = x.numel() / x.shape[1]
+        self.count = x.numel() / C  # of this process
+        self.total: Tensor | None = None  # of all processes, float64 (1,), where they are several
         if norm.training:
             if sums is None:
-                sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+                sums = x.new_empty(2, C, dtype=torch.float64)
                 torch.ops.cxrfast_block.sums(_nhwc(x), sums)
-            sums = self._over_all(sums)
-            self.mean = sums[0] / self.count
-            variance = (sums[1] / self.count - self.mean * self.mean).clamp_(min=0)
-            _update_running(norm, self.mean, variance, self.count)
-        else:
-            assert norm.running_mean is not None and norm.running_var is not None
-            self.mean, variance = norm.running_mean.double(), norm.running_var.double()
-        self.training = norm.training
-        self.inverse = (variance + norm.eps).rsqrt()
-        scale = weight.double() * self.inverse
-        self._scale = scale
-        self.scale = scale.float()
-        self.shift = (bias.double() - self.mean * scale).float()
+            if self.all_reduce is not None:
+                own = torch.full((1,), self.count, dtype=torch.float64, device=x.device)
+                over_all = torch.cat([sums.flatten(), own])
+                self.all_reduce(over_all)
+                sums, self.total = over_all[:-1].view(2, C), over_all[-1:]
+        self._stats = x.new_empty(3, C, dtype=torch.float64)
+        affine = x.new_empty(2, C, dtype=torch.float32)
+        torch.ops.cxrfast_block.batch_norm(
+            sums if norm.training else None, self.total, self.count, norm.weight.detach(), norm.bias.detach(),
+            norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, norm.eps, self._stats, affine,
+        )  # fmt: skip
+        self.scale, self.shift = affine
 
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the sums of g and g * x: the coefficients of grad x = c0 * g + c1 * x + c2, and the gradients of weight
         and bias (this process's part, as everywhere under DistributedDataParallel)."""
-        grad_weight = ((sums[1] - self.mean * sums[0]) * self.inverse).float()
-        grad_bias = sums[0].float()
-        coef = torch.zeros(3, len(self.mean), dtype=torch.float64)
-        coef[0] = self._scale
-        if self.training:  # the statistics depend on x too
-            total = sums if self.all_reduce is None else self._over_all(sums, counted=True)
-            mean_g = total[0] / self.count
-            mean_product = (total[1] - self.mean * total[0]) * self.inverse / self.count
-            coef[1] = -self._scale * self.inverse * mean_product
-            coef[2] = -self._scale * mean_g - coef[1] * self.mean
-        return coef.float(), grad_weight, grad_bias
-
-    def _over_all(self, sums: Tensor, counted: bool = False) -> Tensor:
-        if self.all_reduce is None:
-            return sums
-        with_count = torch.cat([sums.flatten(), torch.tensor([self.count], dtype=torch.float64)])
-        self.all_reduce(with_count)
-        if not counted:
-            self.count = float(with_count[-1])
-        return with_count[:-1].view(2, -1)
-
-
-def _update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    assert norm.num_batches_tracked is not None
-    norm.running_mean.lerp_(mean.float(), norm.momentum)
-    norm.running_var.lerp_((variance * (count / max(1.0, count - 1))).float(), norm.momentum)
-    norm.num_batches_tracked += 1
+        over_all = sums
+        if self.all_reduce is not None:  # only in training, where the statistics depend on x too
+            over_all = sums.clone()
+            self.all_reduce(over_all)
+        C = sums.shape[1]
+        coef = sums.new_empty(3, C, dtype=torch.float32)
+        grad_weight, grad_bias = (sums.new_empty(C, dtype=torch.float32) for _ in range(2))
+        torch.ops.cxrfast_block.batch_norm_grad(
+            sums, over_all, self.total, self.count, self.training, self._stats, coef, grad_weight, grad_bias
+        )
+        return coef, grad_weight, grad_bias
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tupl
     """
     out_channels, in_channels = kernel.shape[:2]
     taps: Tensor | None = None  # (out, in, 3, 3), as a view
-    if HAS_WEIGHT_GRAD and x.dtype == torch.float32:
+    if HAS_WEIGHT_GRAD and x.is_cpu and x.dtype == torch.float32:
         by_tap = torch.empty(3, 3, out_channels, in_channels)
         if in_channels % 16 == 0 and out_channels % 2 == 0:
             torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), by_tap)
@@ -177,6 +181,7 @@ def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tupl
         taps = by_tap.permute(2, 3, 0, 1)
     elif (
         HAS_WEIGHT_GRAD_BF16
+        and x.is_cpu
         and x.dtype == torch.bfloat16
         and (in_channels % 8, out_channels % 32) == (0, 0)
         and x.shape[3] >= LONG_ROW
@@ -221,14 +226,15 @@ class _NormReluConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         ctx.affine = _Affine(x, norm)
-        ctx.save_for_backward(x, kernel)
-        return _convolve(_relu(x, ctx.affine), kernel)
+        y = _relu(x, ctx.affine)
+        ctx.save_for_backward(x, kernel, _kept(y))
+        return _convolve(y, kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
+        x, kernel, y = ctx.saved_tensors
         affine: _Affine = ctx.affine
-        grad, sums, grad_kernel = _relu_conv_backward(grads[0], x, affine, kernel)
+        grad, sums, grad_kernel = _relu_conv_backward(grads[0], x, y, affine, kernel)
         coef, grad_weight, grad_bias = affine.backward(sums)
         torch.ops.cxrfast_block.relu_backward(_nhwc(x), _nhwc(grad), affine.scale, affine.shift, coef)
         return grad, grad_weight, grad_bias, grad_kernel, None
@@ -242,21 +248,23 @@ class _ImageConvNormReluConv(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         N, _, H, W = image.shape
         image = image.float().reshape(N, H, W).contiguous()
-        x = torch.empty(N, len(kernel1), H, W, dtype=dtype, memory_format=torch.channels_last)
-        sums = torch.empty(2, len(kernel1), dtype=torch.float64)
+        C = len(kernel1)
+        x = torch.empty(N, C, H, W, dtype=dtype, device=image.device, memory_format=torch.channels_last)
+        sums = image.new_empty(2, C, dtype=torch.float64)
         taps = kernel1.detach().float().view(-1, 9).t().contiguous()
         torch.ops.cxrfast_block.image_conv(image, taps, _nhwc(x), sums)
         ctx.affine = _Affine(x, norm, sums)
-        ctx.save_for_backward(image, x, kernel1, kernel2)
-        return _convolve(_relu(x, ctx.affine), kernel2)
+        y = _relu(x, ctx.affine)
+        ctx.save_for_backward(image, x, kernel1, kernel2, _kept(y))
+        return _convolve(y, kernel2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        image, x, kernel1, kernel2 = ctx.saved_tensors
+        image, x, kernel1, kernel2, y = ctx.saved_tensors
         affine: _Affine = ctx.affine
-        grad, sums, grad_kernel2 = _relu_conv_backward(grads[0], x, affine, kernel2)
+        grad, sums, grad_kernel2 = _relu_conv_backward(grads[0], x, y, affine, kernel2)
         coef, grad_weight, grad_bias = affine.backward(sums)
-        taps = torch.empty(9, x.shape[1], dtype=torch.float64)
+        taps = x.new_empty(9, x.shape[1], dtype=torch.float64)
         torch.ops.cxrfast_block.image_conv_backward(
             image, _nhwc(x), _nhwc(grad), affine.scale, affine.shift, coef, taps
         )
@@ -264,15 +272,24 @@ class _ImageConvNormReluConv(torch.autograd.Function):
         return None, grad_kernel1, grad_weight, grad_bias, grad_kernel2, None, None
 
 
-def _relu_conv_backward(grad: Tensor, x: Tensor, affine: _Affine, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through conv(relu(affine(x))): the gradient before the convolution, its sums for `_Affine.backward`, and
-    the kernel's gradient."""
-    y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
+def _kept(y: Tensor) -> Tensor | None:
+    """What of the second convolution's input is kept for the backward pass: on a CPU nothing, because to compute it
+    again is one pass over memory of which there is little; on a GPU, which has plenty, all."""
+    return y if y.is_cuda else None
+
+
+def _relu_conv_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, affine: _Affine, kernel: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through y = relu(affine(x)), conv(y): the gradient before the convolution, its sums for `_Affine.backward`,
+    and the kernel's gradient."""
+    if y is None:
+        y = _relu(x, affine)
     grad_y, grad_kernel = conv_backward(_channels_last(grad, x.dtype), y, kernel, True)
     del y
     assert grad_y is not None
     grad_y = _channels_last(grad_y, x.dtype)
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+    sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
     torch.ops.cxrfast_block.relu_backward_sums(_nhwc(x), _nhwc(grad_y), affine.scale, affine.shift, sums)
     return grad_y, sums, grad_kernel
 
@@ -285,9 +302,10 @@ class _NormPool(torch.autograd.Function):
         ctx.affine = _Affine(x, norm)
         ctx.keep_scale = 1.0 if noise is None else 256 / (256 - threshold)
         N, C, H, W = x.shape
-        shape = (N, C, H // 2, W // 2)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        place = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        out, place = (
+            torch.empty((N, C, H // 2, W // 2), dtype=t, device=x.device, memory_format=torch.channels_last)
+            for t in (x.dtype, torch.uint8)
+        )
         torch.ops.cxrfast_block.pool(
             _nhwc(x), ctx.affine.scale, ctx.affine.shift, None if noise is None else _nhwc(noise), threshold,
             ctx.keep_scale, _nhwc(out), _nhwc(place),
@@ -299,7 +317,7 @@ class _NormPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, place = ctx.saved_tensors
         grad = _nhwc(_channels_last(grads[0], x.dtype))
-        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+        sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
         torch.ops.cxrfast_block.pool_backward_sums(_nhwc(x), grad, _nhwc(place), ctx.keep_scale, sums)
         coef, grad_weight, grad_bias = ctx.affine.backward(sums)
         out = torch.empty_like(x)

@@ -75,12 +75,14 @@ def _decoders() -> dict[str, Any]:
 def _training() -> dict[str, Any]:
     reason = "" if torch.cuda.is_available() else "torch sees no CUDA device"
     plain = {device: f"{why}; plain torch is in use" for device, why in loss_op.MISSING.items()}
+    layers = {device: why and f"{why}; plain torch is in use" for device, why in block.MISSING.items()}
     return {
         "training on a GPU": _part("CUDA through torch", reason),
         "network on the CPU": _part(
             "batch norm, ReLU, pool and dropout in one pass; weight gradients for AVX2",
-            block.MISSING and f"{block.MISSING}; plain torch is in use",
+            layers["cpu"],
         ),
+        "network on a GPU": _part("batch norm, ReLU, pool and dropout in one CUDA kernel each", layers["cuda"]),
         "loss on the CPU": _part("weighted BCE, gradient and AUC counts in one pass", plain.get("cpu", "")),
         "loss on a GPU": _part("the same as one CUDA kernel", plain.get("cuda", "")),
     }

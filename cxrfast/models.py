@@ -7,8 +7,8 @@ neurons which see age, sex and view.
 Three things are written differently from the paper's sentence without changing the function, and a test holds each to
 the plain form: the convolutions have no bias (the batch norm behind them subtracts any constant), the second ReLU of a
 block comes after its max-pool (both are monotone, so they commute, and ReLU then touches a quarter of the map), and
-dropout draws one random byte per value instead of one float (0.25 = 64/256, exactly). On a CPU, batch norm and what
-follows it is one pass (block.py) where that was built.
+dropout draws one random byte per value instead of one float (0.25 = 64/256, exactly). Batch norm and what follows it
+is one pass (block.py) where that was built.
 
 Left out: anything about training (train.py) and about where images come from (data.py).
 """
@@ -124,7 +124,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         drops = self.training and self.dropout.threshold > 0
-        if fused.usable(x) and (noise is not None or not drops):
+        if fused.usable(x, self.conv1.out_channels) and (noise is not None or not drops):
             x = fused.conv_norm_relu_conv(x, self.conv1, self.norm1, self.conv2)
             return fused.norm_pool(x, self.norm2, noise if drops else None, self.dropout.threshold)
         x = self.conv1(x)

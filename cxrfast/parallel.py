@@ -139,7 +139,7 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of the global batch, for processes on CPUs (torch's own needs GPUs)."""
+    """Batch norm whose statistics are those of the global batch, on CPUs and on GPUs (torch's own needs GPUs)."""
 
     def all_reduce(self, sums: Tensor) -> None:
         """What the fused passes (block.py) sum over the processes."""
@@ -159,17 +159,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return out
 
 
-def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_norms(model: nn.Module) -> nn.Module:
     """The same network with batch norm over all processes; its keys and weights stay what they are."""
-    if device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return converted
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 norm = SyncBatchNorm(child.num_features, child.eps, child.momentum or 0.1)
                 norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
+                setattr(module, name, norm.to(child.weight.device))
     return model
 
 

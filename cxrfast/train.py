@@ -366,7 +366,7 @@ class Trainer:
         self.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model: torch.nn.Module = self.net
         if world.size > 1:
-            synchronise_norms(self.net, device)
+            synchronise_norms(self.net)
             self.model = DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._compiled: Callable[..., Any] | None = None
         if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda" and world.size == 1):
@@ -807,7 +807,7 @@ class Trainer:
         asked = "as asked" if self.config.compile != "auto" else "the default on a GPU, where its gain was not measured"
         if self._compiled is not None:
             line = f"network: torch.compile ({asked}); the first step waits for it"
-        elif self.device.type == "cpu" and not fused.MISSING:
+        elif not fused.MISSING[self.device.type]:
             line = "network: eager, with compiled passes for batch norm and what follows it"
         else:
             line = "network: eager"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,37 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import compile_host, sanitised
 from torch import Tensor
 
 from cxrfast.auc import AucCounts
 from cxrfast.reference import weighted_bce_ref
 
 ROOT = Path(__file__).parents[1]
-HOST = ROOT / "tests" / "loss_cuda_host.cpp"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in the order of its numbers
 NAN = float("nan")
-
-
-def compile_host(target: Path, *flags: str) -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    warnings = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror")
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O1",
-        "-ffp-contract=off",
-        *warnings,
-        *flags,
-        str(HOST),
-        "-o",
-        str(target),
-        "-pthread",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 class Arguments(ctypes.Structure):
@@ -67,7 +44,9 @@ class Arguments(ctypes.Structure):
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as a library of the CPU."""
-    return ctypes.CDLL(str(compile_host(tmp_path_factory.mktemp("host") / "host.so", "-shared", "-fPIC")))
+    return ctypes.CDLL(
+        str(compile_host("loss_cuda_host.cpp", tmp_path_factory.mktemp("host") / "host.so", "-shared", "-fPIC"))
+    )
 
 
 def run_kernel(
@@ -181,23 +160,19 @@ def test_the_backward_kernel(host: ctypes.CDLL, dtype: torch.dtype) -> None:
 # ---- races ----
 
 
-def sanitised(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    cpu = str(ROOT / "csrc" / "loss" / "bce_auc_cpu.cpp")
-    program = compile_host(folder / "program", "-g", "-fsanitize=thread", "-DCXRFAST_MAIN", cpu, *flags)
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=300)
+CPU = str(ROOT / "csrc" / "loss" / "bce_auc_cpu.cpp")
 
 
 @pytest.mark.slow
 def test_thread_sanitizer_finds_no_race(tmp_path: Path) -> None:
-    done = sanitised(tmp_path)
+    done = sanitised("loss_cuda_host.cpp", tmp_path, CPU)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": same") == 4 and "WARNING" not in done.stderr
 
 
 @pytest.mark.slow
 def test_thread_sanitizer_would_find_one(tmp_path: Path) -> None:
-    done = sanitised(tmp_path, "-DCXRFAST_DROP_BARRIERS")
+    done = sanitised("loss_cuda_host.cpp", tmp_path, CPU, "-DCXRFAST_DROP_BARRIERS")
     assert done.returncode == 66 and "data race" in done.stderr and "bce_auc_kernel.cuh" in done.stderr
 
 
@@ -209,7 +184,7 @@ def test_nvcc_compiles_every_kernel_without_spills() -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
     archs = ["sm_75", "sm_80", "sm_90"]
-    command = [sys.executable, str(ROOT / "tools" / "check_cuda.py"), *archs]
+    command = [sys.executable, str(ROOT / "tools" / "check_cuda.py"), "loss", *archs]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

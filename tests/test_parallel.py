@@ -60,7 +60,7 @@ def test_norm_over_all_processes(monkeypatch, training):
 def test_synchronised_norms_keep_keys_and_values():
     net = ChestNet(16)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    synchronise_norms(net, torch.device("cpu"))
+    synchronise_norms(net)
     assert sum(isinstance(module, SyncBatchNorm) for module in net.modules()) == 8
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -1,10 +1,10 @@
-"""Compiles the CUDA loss for each architecture and prints what ptxas says of its kernels: registers, spills.
+"""Compiles CUDA sources for each architecture and prints what ptxas says of their kernels: registers, spills.
 
 Needs nvcc and torch's headers (a CPU-only torch does), no GPU. Exit code 0; 1 where a kernel spills or nvcc fails; 2
-without nvcc.
+for wrong arguments and without nvcc.
 
-    python tools/check_cuda.py            # sm_75 sm_80 sm_90
-    python tools/check_cuda.py sm_120
+    python tools/check_cuda.py loss                 # sm_75 sm_80 sm_90
+    python tools/check_cuda.py block sm_120
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "csrc" / "loss" / "bce_auc_cuda.cu"
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = {"loss": CSRC / "loss" / "bce_auc_cuda.cu", "block": CSRC / "block" / "block_cuda.cu"}
+FLAGS = {"loss": ["-fmad=false"], "block": []}  # as in setup.py
 STABLE_ABI = "0x020a000000000000"
 
 
-def ptxas_report(nvcc: str, archs: Sequence[str]) -> str:
-    """Compile for all of ``archs`` and return what nvcc wrote; SystemExit with its errors where it fails."""
+def ptxas_report(nvcc: str, part: str, archs: Sequence[str]) -> str:
+    """Compile a part of `SOURCES` for all of ``archs`` and return what nvcc wrote.
+
+    Raises:
+        SystemExit: nvcc's errors.
+    """
     torch = importlib.util.find_spec("torch")
     assert torch is not None and torch.origin is not None
     with tempfile.TemporaryDirectory() as folder:
         headers = str(Path(torch.origin).parent / "include")
         command = [
-            *(nvcc, "-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-Xptxas=-v", "-DUSE_CUDA"),
+            *(nvcc, "-std=c++20", "-O3", *FLAGS[part], "-Xcompiler=-fPIC", "-Xptxas=-v", "-DUSE_CUDA"),
             *(f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in archs),
             *(f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", headers),
-            *("-c", str(SOURCE), "-o", str(Path(folder, "loss.o"))),
+            *("-c", str(SOURCES[part]), "-o", str(Path(folder, "part.o"))),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -60,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if nvcc is None:
         print("check_cuda: there is no nvcc", file=sys.stderr)
         return 2
-    archs = list(sys.argv[1:] if argv is None else argv) or ["sm_75", "sm_80", "sm_90"]
-    rows = kernels(ptxas_report(nvcc, archs))
+    part, *archs = list(sys.argv[1:] if argv is None else argv) or ["loss"]
+    if part not in SOURCES:
+        print(f"check_cuda: the first argument is one of {', '.join(SOURCES)}, not {part}", file=sys.stderr)
+        return 2
+    rows = kernels(ptxas_report(nvcc, part, archs or ["sm_75", "sm_80", "sm_90"]))
     for row in rows:
         print("  ".join(str(value) for value in row.values()))
     spilling = sum(bool(row["spill_stores"] or row["spill_loads"]) for row in rows)

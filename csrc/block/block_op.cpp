@@ -1,19 +1,9 @@
-// block_op.cpp - norm_kernels.h, image_conv.h and weight_grad.h as torch operators, on torch's stable ABI (torch
-// >= 2.10).
-//
-// Every operator writes into tensors that cxrfast/block.py has made; autograd is there too. Shapes are those of
-// channels-last maps seen as contiguous (N, H, W, C).
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+// block_op.cpp - the passes of this folder as torch operators on the CPU, and the operators' schemas, which
+// block_cuda.cu implements too.
+#include "block_op.h"
 
-#include <optional>
 #include <vector>
 
-#include "image_conv.h"
-#include "norm_kernels.h"
 #include "sums.h"
 #include "weight_grad.h"
 #include "weight_grad_bf16.h"
@@ -21,47 +11,16 @@
 namespace cxrfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const float* channel_values(const Tensor& values, int64_t count, const char* name) {
-  STD_TORCH_CHECK(values.numel() == count && values.scalar_type() == ScalarType::Float && values.is_contiguous(), name,
-                  " must be ", count, " contiguous float32 values");
-  return static_cast<const float*>(values.data_ptr());
-}
-
-NormJob make_job(NormKind kind, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "x must be contiguous (N, H, W, C)");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
-                  "x must be float32 or bfloat16");
-  NormJob job{};
-  job.kind = kind;
-  job.bf16 = x.scalar_type() == ScalarType::BFloat16;
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.C = x.size(3);
-  job.x = x.data_ptr();
-  job.keep_scale = 1;
-  return job;
-}
-
-void* map_data(const Tensor& map, const NormJob& job, bool pooled, ScalarType dtype, const char* name) {
-  const int64_t H = pooled ? job.H / 2 : job.H, W = pooled ? job.W / 2 : job.W;
-  STD_TORCH_CHECK(map.dim() == 4 && map.size(0) == job.N && map.size(1) == H && map.size(2) == W &&
-                      map.size(3) == job.C && map.is_contiguous() && map.scalar_type() == dtype,
-                  name, " must be contiguous (", job.N, ", ", H, ", ", W, ", ", job.C, ") and of x's type");
-  return map.data_ptr();
-}
-
 void run(const NormJob& job) {
   torch::stable::parallel_for(0, norm_chunks(job), 1, [&](int64_t begin, int64_t end) { norm_run(job, begin, end); });
 }
 
 void run_sums(NormJob& job, const Tensor& sums) {
-  STD_TORCH_CHECK(sums.numel() == 2 * job.C && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
-                  "sums must be contiguous float64 (2, C)");
+  double* to = sum_values(sums, 2 * job.C);
   std::vector<double> partial(size_t(norm_chunks(job) * 2 * job.C));
   job.partial = partial.data();
   run(job);
-  finish_sums(partial.data(), norm_chunks(job), 2 * job.C, static_cast<double*>(sums.data_ptr()));
+  finish_sums(partial.data(), norm_chunks(job), 2 * job.C, to);
 }
 
 void norm_sums(const Tensor& x, const Tensor& sums) {
@@ -71,8 +30,7 @@ void norm_sums(const Tensor& x, const Tensor& sums) {
 
 void norm_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& out) {
   NormJob job = make_job(NormKind::kRelu, x);
-  job.scale = channel_values(scale, job.C, "scale");
-  job.shift = channel_values(shift, job.C, "shift");
+  set_affine(job, scale, shift);
   job.out = map_data(out, job, false, x.scalar_type(), "out");
   run(job);
 }
@@ -81,8 +39,7 @@ void norm_relu_backward_sums(const Tensor& x, const Tensor& grad, const Tensor& 
                              const Tensor& sums) {
   NormJob job = make_job(NormKind::kReluBackwardSums, x);
   job.grad = map_data(grad, job, false, x.scalar_type(), "grad");
-  job.scale = channel_values(scale, job.C, "scale");
-  job.shift = channel_values(shift, job.C, "shift");
+  set_affine(job, scale, shift);
   run_sums(job, sums);
 }
 
@@ -91,8 +48,7 @@ void norm_relu_backward(const Tensor& x, const Tensor& grad, const Tensor& scale
   NormJob job = make_job(NormKind::kReluBackward, x);
   job.out = map_data(grad, job, false, x.scalar_type(), "grad");
   job.grad = job.out;
-  job.scale = channel_values(scale, job.C, "scale");
-  job.shift = channel_values(shift, job.C, "shift");
+  set_affine(job, scale, shift);
   job.coef = channel_values(coef, 3 * job.C, "coef");
   run(job);
 }
@@ -100,59 +56,35 @@ void norm_relu_backward(const Tensor& x, const Tensor& grad, const Tensor& scale
 void norm_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, std::optional<Tensor> bytes,
                int64_t threshold, double keep_scale, const Tensor& out, const Tensor& place) {
   NormJob job = make_job(NormKind::kPool, x);
-  job.scale = channel_values(scale, job.C, "scale");
-  job.shift = channel_values(shift, job.C, "shift");
-  if (bytes) job.bytes = static_cast<const uint8_t*>(map_data(*bytes, job, true, ScalarType::Byte, "bytes"));
-  job.threshold = int(threshold);
-  job.keep_scale = float(keep_scale);
-  job.out = map_data(out, job, true, x.scalar_type(), "out");
-  job.place = static_cast<uint8_t*>(map_data(place, job, true, ScalarType::Byte, "place"));
+  set_affine(job, scale, shift);
+  set_pool(job, x, bytes, threshold, keep_scale, out, place);
   run(job);
-}
-
-NormJob pool_backward_job(NormKind kind, const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale) {
-  NormJob job = make_job(kind, x);
-  job.grad = map_data(grad, job, true, x.scalar_type(), "grad");
-  job.place = static_cast<uint8_t*>(map_data(place, job, true, ScalarType::Byte, "place"));
-  job.keep_scale = float(keep_scale);
-  return job;
 }
 
 void norm_pool_backward_sums(const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale,
                              const Tensor& sums) {
-  NormJob job = pool_backward_job(NormKind::kPoolBackwardSums, x, grad, place, keep_scale);
+  NormJob job = make_job(NormKind::kPoolBackwardSums, x);
+  set_pool_backward(job, x, grad, place, keep_scale);
   run_sums(job, sums);
 }
 
 void norm_pool_backward(const Tensor& x, const Tensor& grad, const Tensor& place, double keep_scale, const Tensor& coef,
                         const Tensor& out) {
-  NormJob job = pool_backward_job(NormKind::kPoolBackward, x, grad, place, keep_scale);
+  NormJob job = make_job(NormKind::kPoolBackward, x);
+  set_pool_backward(job, x, grad, place, keep_scale);
   job.coef = channel_values(coef, 3 * job.C, "coef");
   job.out = map_data(out, job, false, x.scalar_type(), "out");
   run(job);
 }
 
-ImageConvJob image_conv_job(const Tensor& image, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() &&
-                      (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16),
-                  "the map must be contiguous float32 or bfloat16 (N, H, W, C)");
-  ImageConvJob job{};
-  job.bf16 = x.scalar_type() == ScalarType::BFloat16;
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.C = x.size(3);
-  job.image = channel_values(image, job.N * job.H * job.W, "image");
-  return job;
-}
-
 // Runs all of it; sums (image_conv_sums) float64.
 void run_image_conv(ImageConvJob& job, const Tensor& sums) {
-  STD_TORCH_CHECK(
-      sums.numel() == image_conv_sums(job) && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
-      "sums must be ", image_conv_sums(job), " contiguous float64 values");
+  double* to = sum_values(sums, image_conv_sums(job));
   std::vector<double> partial(size_t(image_conv_chunks(job) * image_conv_sums(job)));
   job.partial = partial.data();
   torch::stable::parallel_for(0, image_conv_chunks(job), 1,
                               [&](int64_t begin, int64_t end) { image_conv_run(job, begin, end); });
-  finish_sums(partial.data(), image_conv_chunks(job), image_conv_sums(job), static_cast<double*>(sums.data_ptr()));
+  finish_sums(partial.data(), image_conv_chunks(job), image_conv_sums(job), to);
 }
 
 void image_conv(const Tensor& image, const Tensor& kernel, const Tensor& out, const Tensor& sums) {
@@ -165,15 +97,24 @@ void image_conv(const Tensor& image, const Tensor& kernel, const Tensor& out, co
 void image_conv_backward(const Tensor& image, const Tensor& x, const Tensor& grad, const Tensor& scale,
                          const Tensor& shift, const Tensor& coef, const Tensor& grad_kernel) {
   ImageConvJob job = image_conv_job(image, x);
-  job.backward = true;
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && grad.is_contiguous(),
-                  "grad must be like x");
-  job.x = x.data_ptr();
-  job.grad = grad.data_ptr();
-  job.scale = channel_values(scale, job.C, "scale");
-  job.shift = channel_values(shift, job.C, "shift");
-  job.coef = channel_values(coef, 3 * job.C, "coef");
+  set_image_backward(job, x, grad, scale, shift, coef);
   run_image_conv(job, grad_kernel);
+}
+
+void batch_norm_cpu(std::optional<Tensor> sums, std::optional<Tensor> total, double count, const Tensor& weight,
+                    const Tensor& bias, const Tensor& running_mean, const Tensor& running_var, const Tensor& batches,
+                    double momentum, double eps, const Tensor& stats, const Tensor& affine) {
+  const BatchNorm job = batch_norm_job(sums, total, count, weight, bias, running_mean, running_var, batches, momentum,
+                                       eps, stats, affine);
+  for (int64_t c = 0; c < job.C; ++c) batch_norm(job, c);
+}
+
+void batch_norm_grad_cpu(const Tensor& sums, const Tensor& all_sums, std::optional<Tensor> total, double count,
+                         bool training, const Tensor& stats, const Tensor& coef, const Tensor& grad_weight,
+                         const Tensor& grad_bias) {
+  const BatchNormGrad job =
+      batch_norm_grad_job(sums, all_sums, total, count, training, stats, coef, grad_weight, grad_bias);
+  for (int64_t c = 0; c < job.C; ++c) batch_norm_grad(job, c);
 }
 
 bool has_weight_grad() { return weight_grad_supported(); }
@@ -243,6 +184,13 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
   m.def(
       "image_conv_backward(Tensor image, Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor coef, "
       "Tensor(a!) grad_kernel) -> ()");
+  m.def(
+      "batch_norm(Tensor? sums, Tensor? total, float count, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, Tensor(c!) batches, float momentum, float eps, Tensor(d!) stats, Tensor(e!) affine) -> "
+      "()");
+  m.def(
+      "batch_norm_grad(Tensor sums, Tensor all_sums, Tensor? total, float count, bool training, Tensor stats, "
+      "Tensor(a!) coef, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
   m.def("has_weight_grad() -> bool");
   m.def("has_weight_grad_bf16() -> bool");
   m.def("weight_grad_bf16(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
@@ -264,6 +212,8 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&cxrfast::norm_pool_backward));
   m.impl("image_conv", TORCH_BOX(&cxrfast::image_conv));
   m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
+  m.impl("batch_norm", TORCH_BOX(&cxrfast::batch_norm_cpu));
+  m.impl("batch_norm_grad", TORCH_BOX(&cxrfast::batch_norm_grad_cpu));
   m.impl("weight_grad_bf16", TORCH_BOX(&cxrfast::weight_grad_bf16));
   m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
 }

@@ -226,9 +226,14 @@ struct PoolBackward {
     using F = typename L::F;
     using I = typename L::I;
     const int64_t C = job.C;
+    const Channels<n, k> coef(job.coef, job.coef + C, job.coef + 2 * C, c0);
+    if (job.H < 2) {  // no window: a chunk is an image
+      for (int64_t pixel = chunk * job.H * job.W; pixel < (chunk + 1) * job.H * job.W; ++pixel)
+        outside<n, k, T>(job, coef, pixel * C + c0);
+      return;
+    }
     const PooledRow row(job, chunk);
     const int64_t corners[4] = {0, C, row.below, row.below + C};
-    const Channels<n, k> coef(job.coef, job.coef + C, job.coef + 2 * C, c0);
     for (int64_t column = 0; column < row.columns; ++column) {
       const int64_t at = row.pooled + column * C + c0, from = row.x + column * 2 * C + c0;
 #pragma GCC unroll 2
@@ -304,7 +309,7 @@ struct Chunks {
 }  // namespace
 
 int64_t norm_chunks(const NormJob& job) {
-  if (is_pooled(job.kind)) return job.N * (job.H / 2);
+  if (is_pooled(job.kind)) return job.N * (job.kind == NormKind::kPoolBackward && job.H < 2 ? 1 : job.H / 2);
   const int64_t rows = rows_per_chunk(job);
   return (job.N * job.H * job.W + rows - 1) / rows;
 }
