@@ -63,8 +63,8 @@ class BenchConfig:
     """Batches read ahead when the films are not on the device."""
     compile: Switch = "auto"
     """Fuse the network's layers by torch.compile; auto does so on one GPU."""
-    cuda_graphs: bool = False
-    """Capture the training step once and replay it; on one GPU."""
+    cuda_graphs: Switch = "auto"
+    """Capture the training step once and replay it; auto does so on a GPU."""
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
