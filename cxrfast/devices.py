@@ -199,6 +199,9 @@ class ReplayedStep:
         step: computes from its inputs alone and from tensors of fixed place, asks the device for no value.
         capture: `capture_cuda_graph`; for tests, anything that can do the same on a CPU.
         on_failure: told why capturing failed; where it returns, this step and all later ones are run as they are.
+
+    Attributes:
+        has_failed: whether that is so.
     """
 
     WARM_UP = 3
@@ -213,6 +216,7 @@ class ReplayedStep:
         self._step, self._capture, self._device, self._on_failure = step, capture, device, on_failure
         self._inputs: list[Tensor | None] | None = None
         self._result = torch.zeros((), device=device)
+        self.has_failed = False
         self._runs = 0
         self._replay: Callable[[], None] | None = None
 
@@ -232,7 +236,7 @@ class ReplayedStep:
                 self._replay = self._capture(self._run)
             except RuntimeError as error:
                 self._on_failure(error)
-                self._replay = self._run
+                self.has_failed, self._replay = True, self._run
         self._replay()
         return self._result
 

@@ -822,12 +822,12 @@ class Trainer:
         devices = f"{self.world.size} x {device_name(self.device)}" if self.world.size > 1 else device_name(self.device)
         self.say(f"device: {devices}; matrix product {rate / 1e9:,.0f} GFLOP/s")
         self.say(self.precision.line)
-        self.say(self._network_line())
+        self.say(self.network_line())
         self.say(self.data.line)
         if position.epoch > 1 or position.step:
             self.say(f"going on in epoch {position.epoch} after step {position.step} of {self.steps_per_epoch}")
 
-    def _network_line(self) -> str:
+    def network_line(self) -> str:
         """How the network is run, and why."""
 
         def why(option: Switch) -> str:
@@ -839,7 +839,9 @@ class Trainer:
             line = "network: eager, with compiled passes for batch norm and what follows it"
         else:
             line = "network: eager"
-        if self._replayed is not None:
+        if self._replayed is not None and self._replayed.has_failed:
+            line += "; no CUDA graph (capturing one failed)"
+        elif self._replayed is not None:
             line += f"; steps are replayed as a CUDA graph ({why(self.config.cuda_graphs)})"
         elif self.device.type == "cuda":
             line += f"; no CUDA graph ({'as asked' if self.config.cuda_graphs == 'no' else 'it is for one GPU'})"

@@ -332,6 +332,7 @@ class TestReplay:
         assert_same_end(tmp_path / "failing", tmp_path / "plain")
         assert_states_equal(tmp_path / "failing", tmp_path / "plain")
         assert said.count("network: steps are not replayed, because capturing one fails here (no graphs)") == 1
+        assert trainer.network_line().endswith("; no CUDA graph (capturing one failed)")
 
     def test_capturing_fails_where_it_was_asked_for(self, store, tmp_path):
         trainer = Trainer(config(store, tmp_path / "run"), World(), torch.device("cpu"), quiet)
@@ -361,7 +362,7 @@ class TestReplay:
     @pytest.mark.parametrize("asked", ["auto", "no"])
     def test_is_off_on_a_cpu(self, store, tmp_path, asked):
         trainer = Trainer(config(store, tmp_path / "run", cuda_graphs=asked), World(), torch.device("cpu"), quiet)
-        assert trainer._replayed is None and "graph" not in trainer._network_line()
+        assert trainer._replayed is None and "graph" not in trainer.network_line()
         assert not trainer.optimizer.defaults["capturable"]
 
     def test_is_refused_where_it_cannot_be_right(self, store, tmp_path):
