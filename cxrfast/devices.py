@@ -10,6 +10,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import torch
@@ -163,14 +164,27 @@ def synchronise(device: torch.device | None) -> None:
 
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Makes of a step over tensors of fixed place, without running it, what repeats it on whatever they hold then."""
+"""Makes of a step over tensors of fixed place, without running it, what repeats it on whatever they hold then.
+
+Raises RuntimeError where that cannot be done; the tensors are then as they were.
+"""
 
 
 def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as one CUDA graph: what it launches, with the same arguments, at the cost of one launch."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    """The step as one CUDA graph of the current device: what it launches, with the same arguments, by one launch."""
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    try:
+        # "thread_local": meanwhile the thread that reads films ahead waits for events and allocates, which the default
+        # forbids to every thread of the process.
+        with torch.cuda.graph(graph, pool, torch.cuda.Stream(), capture_error_mode="thread_local"):
+            step()
+    except RuntimeError:
+        # What a capture that was cut short leaves behind: its stream as the current one, and an allocator that waits
+        # for its end before it takes back any block that two streams used.
+        torch.cuda.set_stream(stream)
+        with suppress(AttributeError, RuntimeError):  # where torch has told the allocator already
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
     return graph.replay
 
 
@@ -184,14 +198,25 @@ class ReplayedStep:
     Args:
         step: computes from its inputs alone and from tensors of fixed place, asks the device for no value.
         capture: `capture_cuda_graph`; for tests, anything that can do the same on a CPU.
+        on_failure: told why capturing failed; where it returns, this step and all later ones are run as they are.
+
+    Attributes:
+        has_failed: whether that is so.
     """
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable[..., Tensor], capture: Capture, device: torch.device) -> None:
-        self._step, self._capture, self._device = step, capture, device
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        capture: Capture,
+        device: torch.device,
+        on_failure: Callable[[RuntimeError], None],
+    ) -> None:
+        self._step, self._capture, self._device, self._on_failure = step, capture, device, on_failure
         self._inputs: list[Tensor | None] | None = None
         self._result = torch.zeros((), device=device)
+        self.has_failed = False
         self._runs = 0
         self._replay: Callable[[], None] | None = None
 
@@ -207,7 +232,11 @@ class ReplayedStep:
             self._run_beside()
             return self._result
         if self._replay is None:
-            self._replay = self._capture(self._run)
+            try:
+                self._replay = self._capture(self._run)
+            except RuntimeError as error:
+                self._on_failure(error)
+                self.has_failed, self._replay = True, self._run
         self._replay()
         return self._result
 

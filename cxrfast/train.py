@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -132,9 +132,9 @@ class TrainConfig:
     prefetch: int = 2
     """Batches read ahead when the films are not on the device."""
     compile: Switch = "auto"
-    """Fuse the network's layers by torch.compile; auto does so on one GPU, and leaves a CPU its own passes."""
-    cuda_graphs: bool = False
-    """Capture the training step once and replay it: spares the host's part where a GPU waits for it. One GPU only."""
+    """Fuse the network's layers by torch.compile; auto does so on one GPU for which our own passes were not built."""
+    cuda_graphs: Switch = "auto"
+    """Capture the training step once and replay it, which spares the host's part; auto does so on one GPU."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time, on a GPU too; slower there."""
 
@@ -174,6 +174,10 @@ def _check(config: TrainConfig) -> None:
     for name, least in (("epochs", 1), ("batch_size", 1), ("checkpoint_steps", 0), ("prefetch", 0), ("seed", 0)):
         if getattr(config, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(config, name)}")
+    for name in ("compile", "cuda_graphs"):
+        if getattr(config, name) not in get_args(Switch):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} must be one of {', '.join(get_args(Switch))}, not {getattr(config, name)!r}")
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise InputError(f"--lr must be a positive number, not {config.lr}")
     if not config.checkpoint_minutes > 0:
@@ -344,12 +348,15 @@ class Trainer:
         self.split = make_split(config.split, self.store.index)
         if config.batch_size < world.size:
             raise InputError(f"--batch-size {config.batch_size} leaves some of the {world.size} devices without a film")
-        if config.cuda_graphs and (device.type != "cuda" or world.size > 1):
+        is_one_gpu = device.type == "cuda" and world.size == 1
+        if config.cuda_graphs == "yes" and not is_one_gpu:
             here = "a CPU" if device.type != "cuda" else f"{world.size} devices"
             raise InputError(f"--cuda-graphs is for one GPU, and this run is on {here}; leave the option out")
         if config.compile == "yes" and device.type == "cpu" and world.size > 1:
             raise InputError("--compile yes is for one process on a CPU (batch norm over several does not compile)")
         self.recorded = self._open_run()
+        if device.type == "cuda" and device.index is not None:  # a graph is of the current device
+            torch.cuda.set_device(device)
         self.precision = self._precision()
         _set_determinism(config.deterministic, device)
 
@@ -369,9 +376,11 @@ class Trainer:
             synchronise_norms(self.net)
             self.model = DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._compiled: Callable[..., Any] | None = None
-        if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda" and world.size == 1):
+        if config.compile == "yes" or (config.compile == "auto" and is_one_gpu and fused.MISSING["cuda"]):
             self._compiled = torch.compile(self.model, dynamic=False)
-        self.optimizer = Adam(self.net.parameters(), config.lr, fused=True, capturable=config.cuda_graphs)
+        replays = is_one_gpu and config.cuda_graphs != "no"
+        # Fused, Adam keeps its count of steps on the device in either case: a run may change sides when it is resumed.
+        self.optimizer = Adam(self.net.parameters(), config.lr, fused=True, capturable=replays)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
         weights = class_weights(self.store.targets[self.split.train], config.weighting)
         self.criterion = WeightedBCEWithAUC(*weights).to(device)
@@ -385,7 +394,7 @@ class Trainer:
         self._step_number = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._replayed: ReplayedStep | None = None
-        if config.cuda_graphs:
+        if replays:
             self.replay_steps(capture_cuda_graph)
 
     def run(self) -> dict[str, Any]:
@@ -417,7 +426,23 @@ class Trainer:
         The step then reads its batch, dropout's bytes and its own number from tensors of fixed place, and leaves its
         loss in one; nothing in it asks the device for a value. An epoch's last, shorter batch is stepped as ever.
         """
-        self._replayed = ReplayedStep(lambda *feed: self._step(Feed(*feed), 1.0, None), capture, self.device)
+
+        def step(*feed: Any) -> Tensor:
+            return self._step(Feed(*feed), 1.0, None)
+
+        self._replayed = ReplayedStep(step, capture, self.device, self._go_on_uncaptured)
+
+    def _go_on_uncaptured(self, error: RuntimeError) -> None:
+        """Undo what an attempt to capture left on the host: the device has done nothing of it."""
+        why = _first_line(error.__context__ or error)  # a capture that was cut short fails once more at its end
+        if self.config.cuda_graphs == "yes":
+            raise InputError(f"--cuda-graphs yes: capturing a step fails here ({why}); use --cuda-graphs no") from error
+        self.say(f"network: steps are not replayed, because capturing one fails here ({why})")
+        self.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory, which nothing was written to
+        if self.scaler.is_enabled():  # it may be in the middle of a step
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device.type)
+            self.scaler.load_state_dict(state)
 
     @property
     def _is_watched(self) -> bool:
@@ -472,7 +497,7 @@ class Trainer:
         try:
             return self._compiled(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
-            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            why = _first_line(error)
             if self.config.compile == "yes":
                 raise InputError(f"--compile yes: torch.compile fails here ({why}); use --compile no") from error
             self.say(f"network: as it is, because torch.compile fails here ({why})")
@@ -797,21 +822,31 @@ class Trainer:
         devices = f"{self.world.size} x {device_name(self.device)}" if self.world.size > 1 else device_name(self.device)
         self.say(f"device: {devices}; matrix product {rate / 1e9:,.0f} GFLOP/s")
         self.say(self.precision.line)
-        self.say(self._network_line())
+        self.say(self.network_line())
         self.say(self.data.line)
         if position.epoch > 1 or position.step:
             self.say(f"going on in epoch {position.epoch} after step {position.step} of {self.steps_per_epoch}")
 
-    def _network_line(self) -> str:
+    def network_line(self) -> str:
         """How the network is run, and why."""
-        asked = "as asked" if self.config.compile != "auto" else "the default on a GPU, where its gain was not measured"
+
+        def why(option: Switch, default: str = "the default on one GPU") -> str:
+            return default if option == "auto" else "as asked"
+
         if self._compiled is not None:
-            line = f"network: torch.compile ({asked}); the first step waits for it"
+            because = why(self.config.compile, fused.MISSING["cuda"])
+            line = f"network: torch.compile ({because}); the first step waits for it"
         elif not fused.MISSING[self.device.type]:
             line = "network: eager, with compiled passes for batch norm and what follows it"
         else:
             line = "network: eager"
-        return line + ("; steps are replayed as a CUDA graph" if self._replayed is not None else "")
+        if self._replayed is not None and self._replayed.has_failed:
+            line += "; no CUDA graph (capturing one failed)"
+        elif self._replayed is not None:
+            line += f"; steps are replayed as a CUDA graph ({why(self.config.cuda_graphs)})"
+        elif self.device.type == "cuda":
+            line += f"; no CUDA graph ({'as asked' if self.config.cuda_graphs == 'no' else 'it is for one GPU'})"
+        return line
 
     def _result(self, state: str) -> dict[str, Any]:
         metrics = read_metrics(self.config.run)
@@ -857,6 +892,11 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     sync_file(path)
     if is_new:
         sync_folder(path.parent)
+
+
+def _first_line(error: BaseException) -> str:
+    """What the error says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _number(value: float) -> float | None:

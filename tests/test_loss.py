@@ -579,7 +579,7 @@ def test_cuda_gives_the_cpus_bits(shape: tuple[int, int], dtype: torch.dtype) ->
     results = []
     for device in ("cpu", "cuda", "cuda"):
         counts = AucCounts(shape[1], device)
-        leaf = logits.to(device, dtype).requires_grad_()
+        leaf = logits.detach().to(device, dtype).requires_grad_()  # not logits itself, where it is there already
         loss = WeightedBCEWithAUC(*weights).to(device)(leaf, targets.to(device), counts)
         loss.backward()
         counts.update(leaf, targets.to(device))

@@ -30,13 +30,24 @@ from training import make_store
 from cxrfast.bench import make_noise_store
 from cxrfast.checkpoint import LATEST, PREVIOUS, load_checkpoint
 from cxrfast.cli.train import main
-from cxrfast.devices import Precision, ReplayedStep, bf16_gain, keep_freed_memory
+from cxrfast.devices import Precision, ReplayedStep, bf16_gain, choose_device, keep_freed_memory
 from cxrfast.errors import InputError
 from cxrfast.models import ChestNet, load_weights
 from cxrfast.nih import CLASSES
 from cxrfast.parallel import World
 from cxrfast.store import open_store
-from cxrfast.train import BEST, LAST, Diverged, TrainConfig, Trainer, _stop_signals, read_metrics, seconds_of, train
+from cxrfast.train import (
+    BEST,
+    LAST,
+    Adam,
+    Diverged,
+    TrainConfig,
+    Trainer,
+    _stop_signals,
+    read_metrics,
+    seconds_of,
+    train,
+)
 
 EPOCHS, BATCH, STEPS = 2, 16, 6  # STEPS: of one epoch, over the 89 training films of the store below
 QUICK = {"epochs": EPOCHS, "batch_size": BATCH, "head": "gap"}
@@ -176,6 +187,19 @@ class TestRun:
         assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=0.05)
 
 
+def fail(*_: object) -> None:
+    raise RuntimeError("no graphs")
+
+
+def tensors_of(trainer: Trainer) -> list[torch.Tensor]:
+    """All that a step writes to."""
+    side = trainer.train_side
+    tensors = [*trainer.net.parameters(), *trainer.net.buffers(), side.counts.counts, side.loss_sum, side.known]
+    tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
+    scaling = [trainer.scaler._scale, trainer.scaler._growth_tracker] if trainer.scaler.is_enabled() else []
+    return [tensor.detach() for tensor in [*tensors, *scaling, trainer._step_number, trainer._first_bad_step]]
+
+
 class NoQuestions(TorchDispatchMode):
     """Fails where the host asks the device for a value, or for a shape that depends on values."""
 
@@ -276,13 +300,80 @@ class TestReplay:
         assert kept["plain"] == kept["replayed"] and kept["plain"]["scale"] < 2.0**30
         assert_same_end(tmp_path / "replayed", tmp_path / "plain")
 
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    @pytest.mark.parametrize("moment", ["before the step", "in the middle of it"])
+    def test_capturing_fails(self, store, tmp_path, monkeypatch, precision, moment):
+        """The host has gone through a part of the step and the device through none; the run goes on, bit for bit."""
+        monkeypatch.setattr(Trainer, "_precision", lambda self: Precision(precision, "arithmetic"))
+        monkeypatch.setattr("cxrfast.train.matmul_rate", lambda *_: 1e9)  # minutes in fp16 on a CPU
+        ends, said = [], []
+        for name in ("plain", "failing"):
+            options = config(store, tmp_path / name, epochs=1)
+            trainer = Trainer(options, World(), torch.device("cpu"), said.append if name == "failing" else quiet)
+
+            def capture(step, trainer=trainer):
+                if moment == "before the step":
+                    raise RuntimeError("\nno graphs\nhere")
+                tensors = tensors_of(trainer)
+                kept = [tensor.clone() for tensor in tensors]
+                with monkeypatch.context() as patch:
+                    patch.setattr(trainer.scaler, "update", fail)  # between the optimiser's step and the epoch's sums
+                    try:
+                        step()
+                    finally:
+                        for tensor, value in zip(tensors, kept, strict=True):
+                            tensor.copy_(value)
+
+            if name == "failing":
+                trainer.replay_steps(capture)
+            trainer.run()
+            ends.append(trainer.scaler.state_dict())
+        assert ends[0] == ends[1]
+        assert_same_end(tmp_path / "failing", tmp_path / "plain")
+        assert_states_equal(tmp_path / "failing", tmp_path / "plain")
+        assert said.count("network: steps are not replayed, because capturing one fails here (no graphs)") == 1
+        assert trainer.network_line().endswith("; no CUDA graph (capturing one failed)")
+
+    def test_capturing_fails_where_it_was_asked_for(self, store, tmp_path):
+        trainer = Trainer(config(store, tmp_path / "run"), World(), torch.device("cpu"), quiet)
+        trainer.config = replace(trainer.config, cuda_graphs="yes")
+        trainer.replay_steps(fail)
+        with pytest.raises(InputError, match=r"--cuda-graphs yes: .* \(no graphs\); use --cuda-graphs no"):
+            trainer.run()
+
+    @pytest.mark.parametrize("order", [(False, True), (True, False)])
+    def test_a_run_changes_sides(self, store, undisturbed, tmp_path, monkeypatch, order):
+        """Begun with steps that are replayed and resumed with such that are not, and the other way round."""
+        stop_after(monkeypatch, STEPS + 2, signal.SIGTERM)
+        for replays, state in zip(order, ("stopped", "complete"), strict=True):
+            options = config(store, tmp_path / "run", resume=state == "complete")
+            with _stop_signals() as signals:
+                trainer = Trainer(options, World(), torch.device("cpu"), quiet, signals)
+                if replays:
+                    trainer.optimizer = Adam(trainer.net.parameters(), options.lr, fused=True, capturable=True)
+                    trainer.replay_steps(silent)
+                assert trainer.run()["state"] == state
+            for parameter, kept in trainer.optimizer.state.items():
+                assert all(value.device == parameter.device for value in kept.values())
+            monkeypatch.undo()
+        assert_same_end(tmp_path / "run", undisturbed)
+        assert_states_equal(tmp_path / "run", undisturbed)
+
+    @pytest.mark.parametrize("asked", ["auto", "no"])
+    def test_is_off_on_a_cpu(self, store, tmp_path, asked):
+        trainer = Trainer(config(store, tmp_path / "run", cuda_graphs=asked), World(), torch.device("cpu"), quiet)
+        assert trainer._replayed is None and "graph" not in trainer.network_line()
+        assert not trainer.optimizer.defaults["capturable"]
+
     def test_is_refused_where_it_cannot_be_right(self, store, tmp_path):
         with pytest.raises(InputError, match="--cuda-graphs is for one GPU, and this run is on a CPU"):
+            train(config(store, tmp_path / "run", device="cpu", cuda_graphs="yes"), quiet)
+        with pytest.raises(InputError, match="--cuda-graphs must be one of auto, yes, no, not True"):
             train(config(store, tmp_path / "run", device="cpu", cuda_graphs=True), quiet)
         world = World()
         world.size = 2
         with pytest.raises(InputError, match="--cuda-graphs is for one GPU, and this run is on 2 devices"):
-            Trainer(config(store, tmp_path / "run", cuda_graphs=True), world, torch.device("cuda"), quiet)
+            Trainer(config(store, tmp_path / "run", cuda_graphs="yes"), world, torch.device("cuda"), quiet)
         with pytest.raises(InputError, match="--compile yes is for one process on a CPU"):
             Trainer(config(store, tmp_path / "run", compile="yes"), world, torch.device("cpu"), quiet)
         assert not (tmp_path / "run").exists()
@@ -293,10 +384,66 @@ class TestOnGpu:
     @pytest.mark.parametrize("amp_dtype", ["fp32", "fp16"])
     def test_cuda_graph_gives_the_bits_of_plain_steps(self, store, tmp_path, amp_dtype):
         amp = {"amp": True, "amp_dtype": amp_dtype} if amp_dtype != "fp32" else {}
-        for name, graphs in (("plain", False), ("graph", True)):
+        for name, graphs in (("plain", "no"), ("graph", "yes")):
             options = {"device": "cuda", "compile": "no", "deterministic": True, "cuda_graphs": graphs, **amp}
             train(config(store, tmp_path / name, **options), quiet)
         assert_same_end(tmp_path / "graph", tmp_path / "plain")
+
+    @pytest.mark.parametrize("data", ["pinned", "mmap"])
+    def test_capturing_while_films_are_read_ahead(self, store, tmp_path, data):
+        for name, graphs in (("plain", "no"), ("graph", "yes")):
+            options = {"device": "cuda", "compile": "no", "deterministic": True, "cuda_graphs": graphs, "data": data}
+            train(config(store, tmp_path / name, **options), quiet)
+        assert_same_end(tmp_path / "graph", tmp_path / "plain")
+
+    def test_graph_is_the_default_and_said(self, store, tmp_path):
+        said: list[str] = []
+        train(config(store, tmp_path / "run", device="cuda", compile="no", epochs=1), said.append)
+        assert "network: eager; steps are replayed as a CUDA graph (the default on one GPU)" in said
+        train(config(store, tmp_path / "none", device="cuda", compile="no", cuda_graphs="no", epochs=1), said.append)
+        assert "network: eager; no CUDA graph (as asked)" in said
+
+    @pytest.mark.parametrize("data", ["device", "pinned"])
+    @pytest.mark.parametrize("amp_dtype", ["fp32", "fp16"])
+    def test_capturing_fails(self, store, tmp_path, children, amp_dtype, data):
+        """A question to the device in the middle of the captured step, in a process of its own."""
+        amp = {"amp": True, "amp_dtype": amp_dtype} if amp_dtype != "fp32" else {}
+        options = {"device": "cuda", "compile": "no", "deterministic": True, "data": data, "epochs": 4, **amp}
+        train(config(store, tmp_path / "plain", cuda_graphs="no", **options), quiet)
+        child = children.Process(
+            target=_train_and_ask, args=(config(store, tmp_path / "run", **options), tmp_path / "seen.json")
+        )
+        child.start()
+        child.join(300)
+        assert child.exitcode == 0
+        assert_same_end(tmp_path / "run", tmp_path / "plain")
+        lines, memory = json.loads((tmp_path / "seen.json").read_text())
+        assert sum("steps are not replayed, because capturing one fails here" in line for line in lines) == 1
+        assert memory[3] <= memory[1]  # after epochs 4 and 2
+
+    @pytest.mark.parametrize("order", ["cpu cuda cpu", "cuda cpu cuda"])
+    def test_a_run_goes_from_device_to_device(self, store, undisturbed, tmp_path, monkeypatch, order):
+        run, saved = tmp_path / "run", None
+        for number, device in enumerate(order.split()):
+            if number < 2:
+                stop_after(monkeypatch, 4, signal.SIGTERM)
+            with _stop_signals() as signals:
+                options = config(store, run, device=device, compile="no", resume=number > 0)
+                trainer = Trainer(options, World(), choose_device(device), quiet, signals)
+                if saved is not None:  # what is taken is what was saved, Adam's counts of steps included
+                    trainer._take(saved)
+                    trainer._save()
+                    taken = load_checkpoint(run / "checkpoint")
+                    assert taken.state == saved.state and taken.tensors.keys() == saved.tensors.keys()
+                    assert all(torch.equal(taken.tensors[name], saved.tensors[name]) for name in saved.tensors)
+                trainer.run()
+            for parameter, kept in trainer.optimizer.state.items():
+                assert all(value.device == parameter.device for value in kept.values())
+            monkeypatch.undo()
+            saved = load_checkpoint(run / "checkpoint")
+        assert int(saved.tensors["adam.logits.weight.step"]) == EPOCHS * STEPS
+        for found, wanted in zip(read_metrics(run), read_metrics(undisturbed), strict=True):
+            assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=0.2)  # dropout's bytes are others
 
     def test_compiled_learns_as_eager(self, store, tmp_path):
         for name in ("no", "yes"):
@@ -473,6 +620,28 @@ def children():
     return context
 
 
+def _train_and_ask(options: TrainConfig, out: Path) -> None:
+    """Train in a child whose step asks the device for a value while it is captured."""
+    seen: tuple[list[str], list[int]] = ([], [])
+    update = torch.amp.GradScaler.update
+
+    def ask_and_update(self, *args):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        update(self, *args)
+
+    def say(line: str) -> None:
+        seen[0].append(line)
+        if line.startswith("epoch"):
+            torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # with it the allocator takes back what two streams used
+            seen[1].append(torch.cuda.memory_stats()["active_bytes.all.current"])
+
+    torch.amp.GradScaler.update = ask_and_update
+    train(options, say)
+    out.write_text(json.dumps(seen))
+
+
 def killed_again_and_again(store, run: Path, children, kills: int, seed: int) -> None:
     """Train, and SIGKILL the process at a random moment so many times; then let it end."""
     rng = random.Random(seed)
@@ -560,6 +729,9 @@ class TestRefusals:
         assert main([str(tmp_path), str(tmp_path / "run")]) == 2
         assert "not a store" in capsys.readouterr().err
         assert main([str(store.path), str(tmp_path / "run"), "--model", "vit"]) == 2
+        assert main([str(store.path), str(tmp_path / "run"), "--cuda-graphs"]) == 2  # it was a flag once
+        assert main([str(store.path), "--cuda-graphs", str(tmp_path / "run")]) == 2
+        assert not (tmp_path / "run").exists()
 
     def test_diverging_stops_and_keeps_the_state_before(self, store, tmp_path):
         run = tmp_path / "run"

@@ -2,10 +2,11 @@
 
     python tools/amp_auc.py STORE RUNS --epochs 4
 
-Every run is the trainer's own, autocast and loss scaling included. Where the CPU has bf16 arithmetic, bf16 runs use it.
-Elsewhere, and in fp16, torch's convolutions are ten times too slow on a CPU, so that convolutions and matrix products
-of half-precision tensors are computed here as tensor cores compute them: products and sums in fp32, the result rounded
-once. Everything else (batch norm, pooling, dropout) runs in half precision as torch has it on a CPU.
+Every run is the trainer's own, autocast and loss scaling included. On a GPU nothing is emulated, and layers are not
+compiled: each rounds its result to half precision, which compiled ones partly spare. On a CPU that has bf16 arithmetic,
+bf16 runs use it. Elsewhere, and in fp16, torch's convolutions are ten times too slow on a CPU, so that convolutions and
+matrix products of half-precision tensors are computed here as tensor cores compute them: products and sums in fp32, the
+result rounded once. Everything else (batch norm, pooling, dropout) runs in half precision as torch has it on a CPU.
 
 A run that is complete is not repeated, one that was killed goes on: the tool may be stopped and started at any time.
 Left out: speed, of which such an emulation says nothing.
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrfast import block
-from cxrfast.devices import BF16_GAIN, Precision, bf16_gain
+from cxrfast.devices import BF16_GAIN, Precision, bf16_gain, choose_device, device_name
 from cxrfast.errors import InputError
 from cxrfast.models import ModelName
 from cxrfast.parallel import World
@@ -55,6 +56,8 @@ class Config:
     """fp32, bf16 and fp16 (with loss scaling, as on GPUs that lack bf16)."""
     batch_size: int = 32
     """Films a step."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one; runs of a GPU and of a CPU have folders of their own."""
 
 
 class TensorCores(TorchDispatchMode):
@@ -84,7 +87,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class ForcedTrainer(Trainer):
-    """A trainer that takes the arithmetic it is told, in spite of the device."""
+    """A trainer that takes the arithmetic it is told, in spite of the CPU."""
 
     def _precision(self) -> Precision:
         name = self.config.amp_dtype if self.config.amp else "fp32"
@@ -98,9 +101,9 @@ def arithmetic(precision: str, gain: float) -> str:
     return "emulated"
 
 
-def score(config: Config, model: ModelName, precision: str, seed: int, emulated: bool) -> float:
+def score(config: Config, device: torch.device, model: ModelName, precision: str, seed: int, emulated: bool) -> float:
     """Test macro AUC after the last epoch; trains where that has not been done."""
-    run = config.runs / f"{model}-{precision}-{seed}"
+    run = config.runs / (f"{model}-{precision}-{seed}" + ("" if device.type == "cpu" else f"-{device.type}"))
     options = TrainConfig(
         config.store,
         run,
@@ -108,7 +111,8 @@ def score(config: Config, model: ModelName, precision: str, seed: int, emulated:
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=seed,
-        device="cpu",
+        device=str(device),
+        compile="no",
         resume=True,
         checkpoint_minutes=1.0,
     )
@@ -118,7 +122,8 @@ def score(config: Config, model: ModelName, precision: str, seed: int, emulated:
     if len(metrics) < config.epochs:
         cores: AbstractContextManager[Any] = TensorCores() if emulated else nullcontext()
         with cores:
-            ForcedTrainer(options, World(), torch.device("cpu"), lambda line: None).run()
+            trainer = ForcedTrainer if device.type == "cpu" else Trainer
+            trainer(options, World(), device, lambda line: None).run()
         metrics = read_metrics(run)
     return float(metrics[config.epochs - 1]["test_macro_auc"])
 
@@ -128,13 +133,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(Config, description=__doc__, args=argv)
     if unknown := set(config.precisions) - {"fp32", "bf16", "fp16"}:
         raise InputError(f"there is no precision {unknown.pop()!r}; choose among fp32, bf16 and fp16")
-    gain = bf16_gain()
-    how = {precision: arithmetic(precision, gain) for precision in config.precisions}
-    kinds = ", ".join(f"{precision} {kind}" for precision, kind in how.items())
-    print(f"a bf16 convolution runs at {gain:.2g} x the speed of fp32 on this CPU: {kinds}", flush=True)
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        gain = bf16_gain()
+        how = {precision: arithmetic(precision, gain) for precision in config.precisions}
+        kinds = ", ".join(f"{precision} {kind}" for precision, kind in how.items())
+        print(f"a bf16 convolution runs at {gain:.2g} x the speed of fp32 on this CPU: {kinds}", flush=True)
+    else:
+        how = dict.fromkeys(config.precisions, "native")
+        print(f"{device_name(device)}: its own arithmetic", flush=True)
     found: dict[str, dict[str, list[float]]] = {m: {p: [] for p in config.precisions} for m in get_args(ModelName)}
     for seed, model, precision in itertools.product(range(config.seeds), found, config.precisions):
-        auc = score(config, model, precision, seed, how[precision] == "emulated")  # type: ignore[arg-type]
+        auc = score(config, device, model, precision, seed, how[precision] == "emulated")  # type: ignore[arg-type]
         found[model][precision].append(auc)
         print(f"{model:10} {precision} ({how[precision]}) seed {seed}: test macro AUC {auc:.4f}", flush=True)
     for model, by_precision in found.items():
