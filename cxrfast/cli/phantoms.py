@@ -42,3 +42,7 @@ def _command(config: PhantomsConfig) -> tuple[int, dict[str, Any]]:
     result = generate(config.out, config.images, config.seed, config.size, config.workers)
     print(f"{result['images']} films of {result['patients']} patients are in {config.out}")
     return 0, result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
