@@ -402,7 +402,7 @@ class TestOnGpu:
         (line,) = (line for line in said if line.startswith("network: "))
         assert line.endswith("; steps are replayed as a CUDA graph (the default on one GPU)")
         train(config(store, tmp_path / "none", device="cuda", compile="no", cuda_graphs="no", epochs=1), said.append)
-        assert "network: eager; no CUDA graph (as asked)" in said
+        assert any(line.startswith("network: ") and line.endswith("; no CUDA graph (as asked)") for line in said)
 
     @pytest.mark.parametrize("data", ["device", "pinned"])
     @pytest.mark.parametrize("amp_dtype", ["fp32", "fp16"])
