@@ -30,7 +30,14 @@ from training import make_store
 from cxrfast.bench import make_noise_store
 from cxrfast.checkpoint import LATEST, PREVIOUS, load_checkpoint
 from cxrfast.cli.train import main
-from cxrfast.devices import Precision, ReplayedStep, bf16_gain, choose_device, keep_freed_memory
+from cxrfast.devices import (
+    Precision,
+    ReplayedStep,
+    bf16_gain,
+    capture_cuda_graph,
+    choose_device,
+    keep_freed_memory,
+)
 from cxrfast.errors import InputError
 from cxrfast.models import ChestNet, load_weights
 from cxrfast.nih import CLASSES
@@ -333,6 +340,33 @@ class TestReplay:
         assert_states_equal(tmp_path / "failing", tmp_path / "plain")
         assert said.count("network: steps are not replayed, because capturing one fails here (no graphs)") == 1
         assert trainer.network_line().endswith("; no CUDA graph (capturing one failed)")
+
+    def test_a_capture_that_is_cut_short(self, monkeypatch):
+        """torch, with CUDA played: the end of such a capture fails as well, and leaves the stream as it is."""
+        current, ended = ["main"], []
+
+        @contextlib.contextmanager
+        def graph(_, pool, stream, capture_error_mode):
+            current[0] = stream
+            try:
+                yield
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        class Stream(str):
+            device_index = 0
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current[0]))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: "beside")
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *about: ended.append(about), raising=False)
+        with pytest.raises(RuntimeError) as caught:
+            capture_cuda_graph(fail)
+        assert str(caught.value.__context__) == "no graphs"
+        assert current == ["main"] and ended == [(0, (0, 7))]
 
     def test_capturing_fails_where_it_was_asked_for(self, store, tmp_path):
         trainer = Trainer(config(store, tmp_path / "run"), World(), torch.device("cpu"), quiet)
