@@ -897,15 +897,15 @@ def _train_and_watch(options: TrainConfig, steps: int, out: Path) -> None:
 
 
 def _allocate_and_watch(out: Path) -> None:
-    """MiB that stay of a freed tensor: as a library, then asked to keep (and whether that was done), then once more."""
+    """MiB that stay of a freed tensor: as a library, then asked to keep (and whether that was done), then of a smaller."""
 
-    def left_over() -> float:
+    def left_over(mib: int) -> float:
         before = anonymous_mib()
-        torch.ones(16 << 20)
+        torch.ones(mib << 18)
         return anonymous_mib() - before
 
-    left_over()  # threads and their stacks
-    seen = [left_over(), keep_freed_memory(torch.device("cpu")), left_over(), left_over()]
+    left_over(64)  # threads and their stacks
+    seen = [left_over(64), keep_freed_memory(torch.device("cpu")), left_over(64), left_over(32)]
     out.write_text(json.dumps(seen))
 
 
@@ -932,7 +932,8 @@ class TestMemory:
     def test_does_not_grow_from_epoch_2_to_20(self, store, children, tmp_path):
         seen = self.watch(children, tmp_path, config(store, tmp_path / "run", epochs=20))
         assert len(seen) == 20
-        assert seen[19] < seen[1] + 16
+        # What is kept may be cut so that a table of counts (14 MiB) no longer fits, two or three times in a run's life.
+        assert seen[19] < seen[1] + 48
 
     def test_what_is_freed_is_kept_from_the_trainer_on(self, children, tmp_path):
         """A block of 64 MiB: given back before, kept afterwards, and used again."""
