@@ -897,7 +897,7 @@ def _train_and_watch(options: TrainConfig, steps: int, out: Path) -> None:
 
 
 def _allocate_and_watch(out: Path) -> None:
-    """MiB that stay of a freed tensor: as a library, then asked to keep (and whether that was done), then of a smaller."""
+    """MiB that stay of a freed tensor: as a library, asked to keep (and whether that was done), then of a smaller."""
 
     def left_over(mib: int) -> float:
         before = anonymous_mib()
