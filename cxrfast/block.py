@@ -37,10 +37,8 @@ MISSING = _load()
 HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad()
 """Whether this CPU is one for our weight gradient in float32."""
 
-HAS_WEIGHT_GRAD_BF16: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad_bf16()
-"""Whether it is one for our weight gradient in bfloat16."""
-
-LONG_ROW = 100  # pixels, from which on the latter gains: each row costs a pass over a tile's weights
+HAS_WINOGRAD: bool = not MISSING and torch.ops.cxrfast_block.has_bf16_products()
+"""Whether it is one for our convolutions in bfloat16 (Winograd's) and their gradients."""
 
 
 def usable(x: Tensor) -> bool:
@@ -155,8 +153,24 @@ def _relu(x: Tensor, affine: _Affine) -> Tensor:
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    if _for_winograd(x, kernel):
+        return _winograd(x, kernel, turned=False)
     # the result is channels-last for a map of one channel too, whose own memory format says nothing
     return _channels_last(F.conv2d(x, _channels_last(kernel, x.dtype), padding=1), x.dtype)
+
+
+def _for_winograd(x: Tensor, kernel: Tensor) -> bool:
+    """Whether the convolution of x, or with a gradient in x's place its gradients, is one for our Winograd."""
+    return HAS_WINOGRAD and x.dtype == torch.bfloat16 and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
+
+
+def _winograd(x: Tensor, kernel: Tensor, turned: bool) -> Tensor:
+    """The convolution; turned, x is the gradient of its result and what comes back that of its input."""
+    N, _, H, W = x.shape
+    channels = kernel.shape[1 if turned else 0]
+    out = torch.empty(N, channels, H, W, dtype=x.dtype, memory_format=torch.channels_last)
+    torch.ops.cxrfast_block.winograd_conv(_nhwc(x), kernel.detach().float(), turned, _nhwc(out))
+    return out
 
 
 def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
@@ -164,26 +178,21 @@ def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tupl
 
     On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
     forward pass (docs/notes.md); ours at about the forward pass. A map of one channel goes by nine matrix products.
-    On CPUs with bf16 products but no matrix unit ours is a tenth to a sixth faster where rows are long.
+    On CPUs with bf16 products but no matrix unit both gradients are Winograd's, at about half the cost.
     """
-    out_channels, in_channels = kernel.shape[:2]
+    if _for_winograd(x, kernel):
+        by_tap = torch.empty(3, 3, kernel.shape[1], kernel.shape[0])
+        torch.ops.cxrfast_block.winograd_weight_grad(_nhwc(x), _nhwc(grad), by_tap)
+        return _winograd(grad, kernel, turned=True) if need_x else None, by_tap.permute(3, 2, 0, 1).to(kernel.dtype)
     taps: Tensor | None = None  # (out, in, 3, 3), as a view
     if HAS_WEIGHT_GRAD and x.dtype == torch.float32:
+        out_channels, in_channels = kernel.shape[:2]
         by_tap = torch.empty(3, 3, out_channels, in_channels)
         if in_channels % 16 == 0 and out_channels % 2 == 0:
             torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), by_tap)
         else:
             _weight_grad_by_products(x, grad, by_tap)
         taps = by_tap.permute(2, 3, 0, 1)
-    elif (
-        HAS_WEIGHT_GRAD_BF16
-        and x.dtype == torch.bfloat16
-        and (in_channels % 8, out_channels % 32) == (0, 0)
-        and x.shape[3] >= LONG_ROW
-    ):
-        by_tap = torch.empty(3, 3, in_channels, out_channels)
-        torch.ops.cxrfast_block.weight_grad_bf16(_nhwc(x), _nhwc(grad), by_tap)
-        taps = by_tap.permute(3, 2, 0, 1)
     grad_x: Tensor | None = None
     if need_x or taps is None:
         grad_x, theirs, _ = torch.ops.aten.convolution_backward(

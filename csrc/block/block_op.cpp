@@ -1,5 +1,5 @@
-// block_op.cpp - norm_kernels.h, image_conv.h and weight_grad.h as torch operators, on torch's stable ABI (torch
-// >= 2.10).
+// block_op.cpp - norm_kernels.h, image_conv.h, weight_grad.h, winograd_conv.h and winograd_weight_grad.h as torch
+// operators, on torch's stable ABI (torch >= 2.10).
 //
 // Every operator writes into tensors that cxrfast/block.py has made; autograd is there too. Shapes are those of
 // channels-last maps seen as contiguous (N, H, W, C).
@@ -9,14 +9,18 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "image_conv.h"
+#include "lanes.h"
 #include "norm_kernels.h"
 #include "sums.h"
 #include "weight_grad.h"
-#include "weight_grad_bf16.h"
+#include "winograd_conv.h"
+#include "winograd_tiles.h"
+#include "winograd_weight_grad.h"
 
 namespace cxrfast {
 namespace {
@@ -201,29 +205,57 @@ void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
   weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
 }
 
-bool has_weight_grad_bf16() { return weight_grad_bf16_supported(); }
+const uint16_t* bf16_map(const Tensor& map, const char* name) {
+  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous() && map.scalar_type() == ScalarType::BFloat16, name,
+                  " must be contiguous bfloat16 (N, H, W, C)");
+  return static_cast<const uint16_t*>(map.data_ptr());
+}
 
-void weight_grad_bf16(const Tensor& x, const Tensor& grad, const Tensor& out) {
-  STD_TORCH_CHECK(weight_grad_bf16_supported(), "weight_grad_bf16 needs AVX512_BF16");
-  WeightGradBf16Job job{};
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16,
-                  "x must be contiguous bfloat16 (N, H, W, in)");
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_contiguous() && grad.scalar_type() == ScalarType::BFloat16 &&
-                      grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W,
-                  "grad must be contiguous bfloat16 (N, H, W, out)");
-  job.out = grad.size(3);
-  STD_TORCH_CHECK(job.in % kWeightGradBf16In == 0 && job.out % kWeightGradBf16Out == 0,
-                  "channels must be multiples of ", kWeightGradBf16In, " and ", kWeightGradBf16Out);
-  STD_TORCH_CHECK(out.numel() == 9 * job.out * job.in && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
+void winograd_conv(const Tensor& x, const Tensor& kernel, bool turned, const Tensor& out) {
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_conv needs AVX512_BF16");
+  WinogradConvJob job{};
+  job.x = bf16_map(x, "x");
+  job.result = const_cast<uint16_t*>(bf16_map(out, "out"));
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = out.size(3);
+  STD_TORCH_CHECK(out.size(0) == job.N && out.size(1) == job.H && out.size(2) == job.W, "out must be of x's size");
+  STD_TORCH_CHECK(job.in % kWinogradIn == 0 && job.out % kWinogradOut == 0, "channels must be multiples of ",
+                  kWinogradIn, " and ", kWinogradOut);
+  STD_TORCH_CHECK(kernel.dim() == 4 && kernel.scalar_type() == ScalarType::Float &&
+                      kernel.size(turned ? 1 : 0) == job.out && kernel.size(turned ? 0 : 1) == job.in &&
+                      kernel.size(2) == 3 && kernel.size(3) == 3,
+                  "kernel must be float32 (out, in, 3, 3), or (in, out, 3, 3) where it is turned");
+  KernelView view{static_cast<const float*>(kernel.data_ptr()), kernel.stride(1), kernel.stride(0), kernel.stride(2),
+                  kernel.stride(3)};
+  if (turned) {
+    view.at += 2 * (view.y_stride + view.x_stride);
+    view = {view.at, view.out_stride, view.in_stride, -view.y_stride, -view.x_stride};
+  }
+  std::vector<Line> packed(size_t(winograd_kernel_lines(job.in, job.out)));
+  torch::stable::parallel_for(0, job.out / kWinogradOut, 1, [&](int64_t begin, int64_t end) {
+    winograd_pack(view, job.in, begin, end, packed.data());
+  });
+  job.kernel = packed.data();
+  torch::stable::parallel_for(0, winograd_conv_chunks(job), 1,
+                              [&](int64_t begin, int64_t end) { winograd_conv_run(job, begin, end); });
+}
+
+void winograd_weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_weight_grad needs AVX512_BF16");
+  WinogradWeightGradJob job{};
+  job.x = bf16_map(x, "x");
+  job.grad = bf16_map(grad, "grad");
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = grad.size(3);
+  STD_TORCH_CHECK(grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W, "grad must be of x's size");
+  STD_TORCH_CHECK(job.in % kWinogradWeightGradChannels == 0 && job.out % kWinogradWeightGradChannels == 0,
+                  "channels must be multiples of ", kWinogradWeightGradChannels);
+  const int64_t weights = 9 * job.in * job.out, parts = winograd_weight_grad_parts(job);
+  STD_TORCH_CHECK(out.numel() == weights && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
                   "out must be contiguous float32 (3, 3, in, out)");
-  job.x = static_cast<const uint16_t*>(x.data_ptr());
-  job.grad = static_cast<const uint16_t*>(grad.data_ptr());
-  const int64_t parts = weight_grad_bf16_parts(job);
-  std::vector<float> partial(size_t(parts * 9 * job.out * job.in));
-  job.partial = partial.data();
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { weight_grad_bf16_run(job, begin, end); });
-  finish_sums(partial.data(), parts, 9 * job.out * job.in, static_cast<float*>(out.data_ptr()));
+  const auto partial = std::make_unique_for_overwrite<float[]>(size_t(parts * weights));
+  job.partial = partial.get();
+  torch::stable::parallel_for(0, parts, 1,
+                              [&](int64_t begin, int64_t end) { winograd_weight_grad_run(job, begin, end); });
+  finish_sums(partial.get(), parts, weights, static_cast<float*>(out.data_ptr()));
 }
 
 }  // namespace
@@ -244,14 +276,15 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
       "image_conv_backward(Tensor image, Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor coef, "
       "Tensor(a!) grad_kernel) -> ()");
   m.def("has_weight_grad() -> bool");
-  m.def("has_weight_grad_bf16() -> bool");
-  m.def("weight_grad_bf16(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("has_bf16_products() -> bool");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("winograd_conv(Tensor x, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
+  m.def("winograd_weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
   m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
-  m.impl("has_weight_grad_bf16", TORCH_BOX(&cxrfast::has_weight_grad_bf16));
+  m.impl("has_bf16_products", TORCH_BOX(&cxrfast::has_bf16_products));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
@@ -264,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&cxrfast::norm_pool_backward));
   m.impl("image_conv", TORCH_BOX(&cxrfast::image_conv));
   m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
-  m.impl("weight_grad_bf16", TORCH_BOX(&cxrfast::weight_grad_bf16));
   m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
+  m.impl("winograd_conv", TORCH_BOX(&cxrfast::winograd_conv));
+  m.impl("winograd_weight_grad", TORCH_BOX(&cxrfast::winograd_weight_grad));
 }
