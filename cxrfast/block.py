@@ -40,6 +40,8 @@ HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad(
 HAS_WINOGRAD: bool = not MISSING and torch.ops.cxrfast_block.has_bf16_products()
 """Whether it is one for our convolutions in bfloat16 (Winograd's) and their gradients."""
 
+FEW_PIXELS = 512  # of all images: below, turning the kernel into Winograd's costs more than it saves
+
 
 def usable(x: Tensor) -> bool:
     """Whether the compiled part takes this map: dense channels-last float32 or bfloat16 on the CPU."""
@@ -152,41 +154,53 @@ def _relu(x: Tensor, affine: _Affine) -> Tensor:
     return out
 
 
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    if _for_winograd(x, kernel):
-        return _winograd(x, kernel, turned=False)
+def _convolve(x: Tensor, kernel: Tensor, affine: _Affine | None = None) -> Tensor:
+    """The 3x3 convolution with padding 1 of x, or of relu(affine(x))."""
+    if _for_winograd(x, kernel) and _num_pixels(x) >= FEW_PIXELS:
+        return _winograd(x, kernel, affine)
+    if affine is not None:
+        x = _relu(x, affine)
     # the result is channels-last for a map of one channel too, whose own memory format says nothing
     return _channels_last(F.conv2d(x, _channels_last(kernel, x.dtype), padding=1), x.dtype)
 
 
 def _for_winograd(x: Tensor, kernel: Tensor) -> bool:
-    """Whether the convolution of x, or with a gradient in x's place its gradients, is one for our Winograd."""
     return HAS_WINOGRAD and x.dtype == torch.bfloat16 and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
 
 
-def _winograd(x: Tensor, kernel: Tensor, turned: bool) -> Tensor:
-    """The convolution; turned, x is the gradient of its result and what comes back that of its input."""
+def _num_pixels(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[1])
+
+
+def _winograd(x: Tensor, kernel: Tensor, affine: _Affine | None = None, turned: bool = False) -> Tensor:
+    """`_convolve`; turned, x is the gradient of a convolution's result and what comes back that of its input."""
     N, _, H, W = x.shape
     channels = kernel.shape[1 if turned else 0]
     out = torch.empty(N, channels, H, W, dtype=x.dtype, memory_format=torch.channels_last)
-    torch.ops.cxrfast_block.winograd_conv(_nhwc(x), kernel.detach().float(), turned, _nhwc(out))
+    scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+    torch.ops.cxrfast_block.winograd_conv(_nhwc(x), scale, shift, kernel.detach().float(), turned, _nhwc(out))
     return out
 
 
-def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of the kernel of a 3x3 convolution with padding 1.
+def conv_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool, affine: _Affine | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of `_convolve`'s input (x, or relu(affine(x))) and of its kernel.
 
     On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
     forward pass (docs/notes.md); ours at about the forward pass. A map of one channel goes by nine matrix products.
-    On CPUs with bf16 products but no matrix unit both gradients are Winograd's, at about half the cost.
+    On CPUs with bf16 products but no matrix unit both gradients are Winograd's, at about half of torch's cost.
     """
-    if _for_winograd(x, kernel):
-        by_tap = torch.empty(3, 3, kernel.shape[1], kernel.shape[0])
-        torch.ops.cxrfast_block.winograd_weight_grad(_nhwc(x), _nhwc(grad), by_tap)
-        return _winograd(grad, kernel, turned=True) if need_x else None, by_tap.permute(3, 2, 0, 1).to(kernel.dtype)
+    out_channels, in_channels = kernel.shape[:2]
     taps: Tensor | None = None  # (out, in, 3, 3), as a view
-    if HAS_WEIGHT_GRAD and x.dtype == torch.float32:
-        out_channels, in_channels = kernel.shape[:2]
+    if _for_winograd(x, kernel):
+        by_tap = torch.empty(3, 3, in_channels, out_channels)
+        scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+        torch.ops.cxrfast_block.winograd_weight_grad(_nhwc(x), scale, shift, _nhwc(grad), by_tap)
+        taps = by_tap.permute(3, 2, 0, 1)
+    elif affine is not None:
+        return conv_backward(grad, _relu(x, affine), kernel, need_x)  # again: one pass, against a map kept in memory
+    elif HAS_WEIGHT_GRAD and x.dtype == torch.float32:
         by_tap = torch.empty(3, 3, out_channels, in_channels)
         if in_channels % 16 == 0 and out_channels % 2 == 0:
             torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), by_tap)
@@ -194,7 +208,9 @@ def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tupl
             _weight_grad_by_products(x, grad, by_tap)
         taps = by_tap.permute(2, 3, 0, 1)
     grad_x: Tensor | None = None
-    if need_x or taps is None:
+    if need_x and _for_winograd(x, kernel) and _num_pixels(x) >= FEW_PIXELS:
+        grad_x = _winograd(grad, kernel, turned=True)
+    elif need_x or taps is None:
         grad_x, theirs, _ = torch.ops.aten.convolution_backward(
             grad, x, kernel.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [need_x, taps is None, False]
         )
@@ -231,7 +247,7 @@ class _NormReluConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         ctx.affine = _Affine(x, norm)
         ctx.save_for_backward(x, kernel)
-        return _convolve(_relu(x, ctx.affine), kernel)
+        return _convolve(x, kernel, ctx.affine)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -257,7 +273,7 @@ class _ImageConvNormReluConv(torch.autograd.Function):
         torch.ops.cxrfast_block.image_conv(image, taps, _nhwc(x), sums)
         ctx.affine = _Affine(x, norm, sums)
         ctx.save_for_backward(image, x, kernel1, kernel2)
-        return _convolve(_relu(x, ctx.affine), kernel2)
+        return _convolve(x, kernel2, ctx.affine)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -276,9 +292,7 @@ class _ImageConvNormReluConv(torch.autograd.Function):
 def _relu_conv_backward(grad: Tensor, x: Tensor, affine: _Affine, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Back through conv(relu(affine(x))): the gradient before the convolution, its sums for `_Affine.backward`, and
     the kernel's gradient."""
-    y = _relu(x, affine)  # again: one pass over x, against a whole map kept in memory
-    grad_y, grad_kernel = conv_backward(_channels_last(grad, x.dtype), y, kernel, True)
-    del y
+    grad_y, grad_kernel = conv_backward(_channels_last(grad, x.dtype), x, kernel, True, affine)
     assert grad_y is not None
     grad_y = _channels_last(grad_y, x.dtype)
     sums = torch.empty(2, x.shape[1], dtype=torch.float64)

@@ -103,8 +103,9 @@ def error(found, expected):
 @needs_winograd
 @pytest.mark.parametrize("shape", WINOGRAD_SHAPES)
 @pytest.mark.parametrize("out", [32, 96])
-def test_winograd(shape, out):
+def test_winograd(shape, out, monkeypatch):
     """Result and gradients, against float64 and by the measure of torch's own in bf16."""
+    monkeypatch.setattr(block, "FEW_PIXELS", 0)
     torch.manual_seed(0)
     N, C, H, W = shape
     x, grad = (channels_last(N, channels, H, W, dtype=torch.bfloat16) for channels in (C, out))
@@ -146,7 +147,8 @@ def test_winograd_of_small_integers_is_exact():
 
 
 @needs_winograd
-def test_winograd_by_parts_of_a_batch_and_without_images():
+def test_winograd_by_parts_of_a_batch_and_without_images(monkeypatch):
+    monkeypatch.setattr(block, "FEW_PIXELS", 0)
     torch.manual_seed(0)
     x, kernel = channels_last(5, 32, 9, 13, dtype=torch.bfloat16), torch.randn(64, 32, 3, 3)
     parts = [block._convolve(part, kernel) for part in (x[:2], x[2:], x[:0])]
@@ -166,6 +168,7 @@ def test_conv_norm_relu_conv_in_bf16(shape, monkeypatch):
     values = {}
     for way in ("winograd", "torch", "truth"):
         monkeypatch.setattr(block, "HAS_WINOGRAD", way == "winograd")
+        monkeypatch.setattr(block, "FEW_PIXELS", 0)
         own = [copy.deepcopy(layer) for layer in layers]
         mine = x.clone(memory_format=torch.preserve_format)
         if way == "truth":
@@ -315,10 +318,12 @@ def test_wrong_shapes_are_refused():
     if block.HAS_WINOGRAD:
         maps, kernel = torch.zeros(1, 4, 4, 48, dtype=torch.bfloat16), torch.zeros(48, 48, 3, 3)
         with pytest.raises(RuntimeError, match="channels must be multiples of 32"):
-            torch.ops.cxrfast_block.winograd_conv(maps, kernel, False, maps.clone())
+            torch.ops.cxrfast_block.winograd_conv(maps, None, None, kernel, False, maps.clone())
         with pytest.raises(RuntimeError, match="channels must be multiples of 32"):
-            torch.ops.cxrfast_block.winograd_weight_grad(maps, maps, torch.zeros(3, 3, 48, 48))
+            torch.ops.cxrfast_block.winograd_weight_grad(maps, None, None, maps, torch.zeros(3, 3, 48, 48))
         with pytest.raises(RuntimeError, match="kernel must be"):
-            torch.ops.cxrfast_block.winograd_conv(maps[..., :32].contiguous(), kernel, False, maps)
+            torch.ops.cxrfast_block.winograd_conv(maps[..., :32].contiguous(), None, None, kernel, False, maps)
         with pytest.raises(RuntimeError, match="out must be of x's size"):
-            torch.ops.cxrfast_block.winograd_conv(maps[..., :32].contiguous(), kernel, False, maps[:, :3].contiguous())
+            torch.ops.cxrfast_block.winograd_conv(
+                maps[..., :32].contiguous(), None, None, kernel, False, maps[:, :3].contiguous()
+            )

@@ -211,12 +211,22 @@ const uint16_t* bf16_map(const Tensor& map, const char* name) {
   return static_cast<const uint16_t*>(map.data_ptr());
 }
 
-void winograd_conv(const Tensor& x, const Tensor& kernel, bool turned, const Tensor& out) {
+// scale and shift of x's channels, or neither.
+template <class Job>
+void set_affine(Job& job, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  job.scale = scale ? channel_values(*scale, job.in, "scale") : nullptr;
+  job.shift = shift ? channel_values(*shift, job.in, "shift") : nullptr;
+}
+
+void winograd_conv(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& kernel,
+                   bool turned, const Tensor& out) {
   STD_TORCH_CHECK(has_bf16_products(), "winograd_conv needs AVX512_BF16");
   WinogradConvJob job{};
   job.x = bf16_map(x, "x");
   job.result = const_cast<uint16_t*>(bf16_map(out, "out"));
   job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = out.size(3);
+  set_affine(job, scale, shift);
   STD_TORCH_CHECK(out.size(0) == job.N && out.size(1) == job.H && out.size(2) == job.W, "out must be of x's size");
   STD_TORCH_CHECK(job.in % kWinogradIn == 0 && job.out % kWinogradOut == 0, "channels must be multiples of ",
                   kWinogradIn, " and ", kWinogradOut);
@@ -239,12 +249,14 @@ void winograd_conv(const Tensor& x, const Tensor& kernel, bool turned, const Ten
                               [&](int64_t begin, int64_t end) { winograd_conv_run(job, begin, end); });
 }
 
-void winograd_weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
+void winograd_weight_grad(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& grad,
+                          const Tensor& out) {
   STD_TORCH_CHECK(has_bf16_products(), "winograd_weight_grad needs AVX512_BF16");
   WinogradWeightGradJob job{};
   job.x = bf16_map(x, "x");
   job.grad = bf16_map(grad, "grad");
   job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = grad.size(3);
+  set_affine(job, scale, shift);
   STD_TORCH_CHECK(grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W, "grad must be of x's size");
   STD_TORCH_CHECK(job.in % kWinogradWeightGradChannels == 0 && job.out % kWinogradWeightGradChannels == 0,
                   "channels must be multiples of ", kWinogradWeightGradChannels);
@@ -278,8 +290,8 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
   m.def("has_weight_grad() -> bool");
   m.def("has_bf16_products() -> bool");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
-  m.def("winograd_conv(Tensor x, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
-  m.def("winograd_weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("winograd_conv(Tensor x, Tensor? scale, Tensor? shift, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
+  m.def("winograd_weight_grad(Tensor x, Tensor? scale, Tensor? shift, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {

@@ -24,6 +24,7 @@ int64_t tiles_per_chunk(const WinogradConvJob& job) {
 #if defined(__x86_64__)
 
 // V of `count` tiles of one row, 32 channels from rows on; to[point][tile].
+template <bool kRelu>
 CXRFAST_BF16 void transform_tiles(const ImageRows<4>& rows, int64_t first, int64_t count, Line* to,
                                   int64_t point_stride) {
   using Column = __m512[2][4];  // even and odd channels
@@ -32,8 +33,8 @@ CXRFAST_BF16 void transform_tiles(const ImageRows<4>& rows, int64_t first, int64
     if (column < 0 || column >= rows.W) {
       clear(v[0]), clear(v[1]);
     } else {
-      load_column<false>(rows, column, v[0]);
-      load_column<true>(rows, column, v[1]);
+      load_column<false, kRelu>(rows, column, v[0]);
+      load_column<true, kRelu>(rows, column, v[1]);
     }
   };
   load(2 * first - 1, a);
@@ -178,14 +179,18 @@ void winograd_conv_run(const WinogradConvJob& job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
   const Tiles tiles = tiles_of(job);
   const int64_t all = tiles.count(job.N), some = tiles_per_chunk(job), lines = job.in / kLineChannels;
+  std::vector<LineAffine> affines;
+  if (job.scale != nullptr) affines = line_affines(job.scale, job.shift, job.in);
   std::vector<Line> v(size_t(kPoints * lines * some)), half(size_t(8 * some));
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first_tile = chunk * some, stop = std::min(all, first_tile + some);
     tiles.over_rows(first_tile, stop, [&](int64_t image, int64_t row, int64_t first, int64_t count, int64_t offset) {
       for (int64_t line = 0; line < lines; ++line) {
         const uint16_t* from = job.x + image * job.H * job.W * job.in + line * kLineChannels;
-        const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1);
-        transform_tiles(rows, first, count, v.data() + line * some + offset, lines * some);
+        const LineAffine* affine = job.scale == nullptr ? nullptr : affines.data() + line;
+        const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1, affine);
+        const auto transform = affine == nullptr ? transform_tiles<false> : transform_tiles<true>;
+        transform(rows, first, count, v.data() + line * some + offset, lines * some);
       }
     });
     for (int64_t block = 0; block < job.out / 16; ++block) {

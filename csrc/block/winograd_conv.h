@@ -19,10 +19,11 @@ struct KernelView {
 
 struct WinogradConvJob {
   int64_t N, H, W;
-  int64_t in, out;     // channels; multiples of kWinogradIn and kWinogradOut
-  const uint16_t* x;   // (N, H, W, in)
-  const Line* kernel;  // winograd_pack's
-  uint16_t* result;    // (N, H, W, out)
+  int64_t in, out;             // channels; multiples of kWinogradIn and kWinogradOut
+  const uint16_t* x;           // (N, H, W, in)
+  const float *scale, *shift;  // (in): it is relu(x * scale + shift) that is convolved; null: x
+  const Line* kernel;          // winograd_pack's
+  uint16_t* result;            // (N, H, W, out)
 };
 
 constexpr int64_t kWinogradIn = 32, kWinogradOut = 16;

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -57,19 +58,40 @@ constexpr int64_t channel_at(int64_t place) { return place < 16 ? 2 * place : 2 
 
 alignas(64) inline constexpr uint16_t kZeroLine[kLineChannels] = {};
 
-// `kRows` neighbouring rows of an image, zero outside it, from a channel on.
+// What a batch norm is for one batch, of a line's even and odd channels.
+struct alignas(64) LineAffine {
+  float scale[2][16], shift[2][16];
+};
+inline constexpr LineAffine kZeroAffine = {};
+
+// Of `count` channels.
+inline std::vector<LineAffine> line_affines(const float* scale, const float* shift, int64_t count) {
+  std::vector<LineAffine> lines(size_t(count / kLineChannels));
+  for (int64_t c = 0; c < count; ++c) {
+    LineAffine& line = lines[size_t(c / kLineChannels)];
+    line.scale[c % 2][c % kLineChannels / 2] = scale[c];
+    line.shift[c % 2][c % kLineChannels / 2] = shift[c];
+  }
+  return lines;
+}
+
+// `kRows` neighbouring rows of an image, zero outside it, from a channel on; or, with an affine map, relu(affine(it)).
 template <int kRows>
 struct ImageRows {
   const uint16_t* at[kRows];
   int64_t step[kRows];
+  const LineAffine* affine[kRows];
   const uint16_t* below;
   int64_t W, C;
 
-  ImageRows(const uint16_t* image, int64_t H, int64_t width, int64_t channels, int64_t y) : W(width), C(channels) {
+  ImageRows(const uint16_t* image, int64_t H, int64_t width, int64_t channels, int64_t y,
+            const LineAffine* line = nullptr)
+      : W(width), C(channels) {
     for (int k = 0; k < kRows; ++k) {
       const bool inside = y + k >= 0 && y + k < H;
       at[k] = inside ? image + (y + k) * W * C : kZeroLine;
       step[k] = inside ? C : 0;
+      affine[k] = inside ? line : &kZeroAffine;  // the padding is of what comes after the ReLU
     }
     below = image + (y + kRows) * W * C;
   }
@@ -96,11 +118,19 @@ CXRFAST_BF16 CXRFAST_INLINE __m512 widen(const uint16_t* line) {
 CXRFAST_BF16 CXRFAST_INLINE void clear(__m512 v[4]) { v[0] = v[1] = v[2] = v[3] = _mm512_setzero_ps(); }
 
 // One column of V along the rows.
-template <bool kOdd>
+template <bool kOdd, bool kRelu>
 CXRFAST_BF16 CXRFAST_INLINE void load_column(const ImageRows<4>& rows, int64_t column, __m512 v[4]) {
   __m512 d[4];
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) d[k] = widen<kOdd>(rows.at[k] + column * rows.step[k]);
+  for (int k = 0; k < 4; ++k) {
+    d[k] = widen<kOdd>(rows.at[k] + column * rows.step[k]);
+    if constexpr (kRelu) {
+      const __m512 scale = _mm512_load_ps(rows.affine[k]->scale[kOdd]);
+      const __m512 y = _mm512_fmadd_ps(d[k], scale, _mm512_load_ps(rows.affine[k]->shift[kOdd]));
+      // this way round a NaN passes, and training's guard sees it; masked, because g++ 12 warns of the plain one
+      d[k] = _mm512_maskz_max_ps(0xFFFF, _mm512_setzero_ps(), y);
+    }
+  }
   v[0] = d[0] - d[2];
   v[1] = d[1] + d[2];
   v[2] = d[2] - d[1];

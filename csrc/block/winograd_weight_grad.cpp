@@ -14,8 +14,9 @@
 namespace cxrfast {
 namespace {
 
-constexpr int64_t kMaxParts = 16;  // more than a desktop's cores; each part costs a copy of the weights
-constexpr int64_t kSome = 8;       // input channels of a product at once, against 32 output channels
+constexpr int64_t kMaxParts = 16;      // more than a desktop's cores
+constexpr int64_t kPairsOfPart = 256;  // at least: a part's end costs as much as the products of twenty pairs
+constexpr int64_t kSome = 8;           // input channels of a product at once, against 32 output channels
 
 Tiles pairs_of(const WinogradWeightGradJob& job) { return {(job.H + 1) / 2, ((job.W + 1) / 2 + 1) / 2}; }
 
@@ -25,10 +26,10 @@ int64_t pairs_per_chunk(const WinogradWeightGradJob& job) { return job.in + job.
 #if defined(__x86_64__)
 
 // V of `count` pairs of tiles of one row, sixteen channels of 32 from rows on; to[point][pair].
-template <bool kOdd>
+template <bool kOdd, bool kRelu>
 CXRFAST_BF16 void transform_x(const ImageRows<4>& rows, int64_t first, int64_t count, Line* to, int64_t point_stride) {
   const auto load = [&rows](int64_t column, __m512 v[4]) CXRFAST_BF16 __attribute__((always_inline)) {
-    column < 0 || column >= rows.W ? clear(v) : load_column<kOdd>(rows, column, v);
+    column < 0 || column >= rows.W ? clear(v) : load_column<kOdd, kRelu>(rows, column, v);
   };
   __m512 a[4], b[4], c[4], d[4], e[4], f[4];
   load(4 * first - 1, a);
@@ -143,7 +144,10 @@ CXRFAST_BF16 void finish_part(const WinogradWeightGradJob& job, const Line* sums
 }  // namespace
 
 int64_t winograd_weight_grad_parts(const WinogradWeightGradJob& job) {
-  return std::min(pairs_of(job).count(job.N), kMaxParts);
+  const int64_t pairs = pairs_of(job).count(job.N);
+  int64_t parts = 1;  // a power of two, which threads share evenly
+  while (parts < kMaxParts && 2 * parts * kPairsOfPart <= pairs) parts *= 2;
+  return parts;
 }
 
 void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, int64_t end) {
@@ -152,6 +156,8 @@ void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, i
   const int64_t all = tiles.count(job.N), parts = winograd_weight_grad_parts(job), some = pairs_per_chunk(job);
   const int64_t x_stride = job.in / 16 * some, grad_stride = job.out / 16 * some;
   const int64_t sums_stride = job.in * job.out / 16;
+  std::vector<LineAffine> affines;
+  if (job.scale != nullptr) affines = line_affines(job.scale, job.shift, job.in);
   // x and grad: [point][sixteen channels][pair]; sums: [point][out / 32][in][2]
   std::vector<Line> x(size_t(kPoints * x_stride)), grad(size_t(kPoints * grad_stride)),
       sums(size_t(kPoints * sums_stride));
@@ -163,10 +169,13 @@ void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, i
       tiles.over_rows(first_pair, stop, [&](int64_t image, int64_t row, int64_t first, int64_t count, int64_t offset) {
         for (int64_t c = 0; c < job.in; c += kLineChannels) {
           const uint16_t* from = job.x + image * job.H * job.W * job.in + c;
-          const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1);
+          const LineAffine* affine = job.scale == nullptr ? nullptr : affines.data() + c / kLineChannels;
+          const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1, affine);
+          const auto even = affine == nullptr ? transform_x<false, false> : transform_x<false, true>;
+          const auto odd = affine == nullptr ? transform_x<true, false> : transform_x<true, true>;
           Line* to = x.data() + c / 16 * some + offset;
-          transform_x<false>(rows, first, count, to, x_stride);
-          transform_x<true>(rows, first, count, to + some, x_stride);
+          even(rows, first, count, to, x_stride);
+          odd(rows, first, count, to + some, x_stride);
         }
         for (int64_t c = 0; c < job.out; c += kLineChannels) {
           const uint16_t* from = job.grad + image * job.H * job.W * job.out + c;

@@ -10,10 +10,11 @@ namespace cxrfast {
 
 struct WinogradWeightGradJob {
   int64_t N, H, W;
-  int64_t in, out;       // channels; multiples of kWinogradWeightGradChannels
-  const uint16_t* x;     // (N, H, W, in)
-  const uint16_t* grad;  // (N, H, W, out)
-  float* partial;        // (winograd_weight_grad_parts, 3, 3, in, out); written by its parts
+  int64_t in, out;             // channels; multiples of kWinogradWeightGradChannels
+  const uint16_t* x;           // (N, H, W, in)
+  const float *scale, *shift;  // (in): it was relu(x * scale + shift) that was convolved; null: x
+  const uint16_t* grad;        // (N, H, W, out)
+  float* partial;              // (winograd_weight_grad_parts, 3, 3, in, out); written by its parts
 };
 
 constexpr int64_t kWinogradWeightGradChannels = 32;
