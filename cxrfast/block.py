@@ -37,8 +37,12 @@ MISSING = _load()
 HAS_WEIGHT_GRAD: bool = not MISSING and torch.ops.cxrfast_block.has_weight_grad()
 """Whether this CPU is one for our weight gradient in float32."""
 
-HAS_WINOGRAD: bool = not MISSING and torch.ops.cxrfast_block.has_bf16_products()
-"""Whether it is one for our convolutions in bfloat16 (Winograd's) and their gradients."""
+WINOGRAD_DTYPES: tuple[torch.dtype, ...] = tuple(
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if not MISSING and torch.ops.cxrfast_block.has_winograd(dtype == torch.bfloat16)
+)
+"""For which types it is one for our convolutions (Winograd's) and their gradients."""
 
 FEW_PIXELS = 512  # of all images: below, turning the kernel into Winograd's costs more than it saves
 
@@ -165,7 +169,7 @@ def _convolve(x: Tensor, kernel: Tensor, affine: _Affine | None = None) -> Tenso
 
 
 def _for_winograd(x: Tensor, kernel: Tensor) -> bool:
-    return HAS_WINOGRAD and x.dtype == torch.bfloat16 and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
+    return x.dtype in WINOGRAD_DTYPES and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
 
 
 def _num_pixels(x: Tensor) -> int:

@@ -1,5 +1,5 @@
-// block_op.cpp - norm_kernels.h, image_conv.h, weight_grad.h, winograd_conv.h and winograd_weight_grad.h as torch
-// operators, on torch's stable ABI (torch >= 2.10).
+// block_op.cpp - norm_kernels.h, image_conv.h, weight_grad.h, and winograd_*.h as torch operators, on torch's stable
+// ABI (torch >= 2.10).
 //
 // Every operator writes into tensors that cxrfast/block.py has made; autograd is there too. Shapes are those of
 // channels-last maps seen as contiguous (N, H, W, C).
@@ -11,6 +11,7 @@
 
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "image_conv.h"
@@ -19,6 +20,7 @@
 #include "sums.h"
 #include "weight_grad.h"
 #include "winograd_conv.h"
+#include "winograd_float.h"
 #include "winograd_tiles.h"
 #include "winograd_weight_grad.h"
 
@@ -205,69 +207,91 @@ void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
   weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
 }
 
-const uint16_t* bf16_map(const Tensor& map, const char* name) {
-  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous() && map.scalar_type() == ScalarType::BFloat16, name,
-                  " must be contiguous bfloat16 (N, H, W, C)");
-  return static_cast<const uint16_t*>(map.data_ptr());
+bool has_winograd(bool bf16) { return bf16 ? has_bf16_products() : winograd_float_supported(); }
+
+// A map in the job's type.
+template <class T>
+T* map_of(const Tensor& map, const char* name) {
+  const ScalarType dtype = std::is_same_v<std::remove_const_t<T>, float> ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous() && map.scalar_type() == dtype, name,
+                  " must be contiguous (N, H, W, C) of x's type, float32 or bfloat16");
+  return static_cast<T*>(map.data_ptr());
 }
 
-// scale and shift of x's channels, or neither.
+// x, and relu(x * scale + shift) in its place where there are scale and shift; `other` is the map of out channels.
 template <class Job>
-void set_affine(Job& job, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+Job winograd_job(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                 const Tensor& other, const char* name) {
+  Job job{};
+  job.x = map_of<std::remove_pointer_t<decltype(job.x)>>(x, "x");
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = other.size(3);
+  STD_TORCH_CHECK(other.size(0) == job.N && other.size(1) == job.H && other.size(2) == job.W, name,
+                  " must be of x's size");
+  STD_TORCH_CHECK(job.in % kWinogradChannels == 0 && job.out % kWinogradChannels == 0, "channels must be multiples of ",
+                  kWinogradChannels);
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
   job.scale = scale ? channel_values(*scale, job.in, "scale") : nullptr;
   job.shift = shift ? channel_values(*shift, job.in, "shift") : nullptr;
+  return job;
+}
+
+KernelView kernel_view(const Tensor& kernel, bool turned, int64_t in, int64_t out) {
+  STD_TORCH_CHECK(kernel.dim() == 4 && kernel.scalar_type() == ScalarType::Float &&
+                      kernel.size(turned ? 1 : 0) == out && kernel.size(turned ? 0 : 1) == in && kernel.size(2) == 3 &&
+                      kernel.size(3) == 3,
+                  "kernel must be float32 (out, in, 3, 3), or (in, out, 3, 3) where it is turned");
+  const float* at = static_cast<const float*>(kernel.data_ptr());
+  const int64_t first = kernel.stride(0), second = kernel.stride(1), y = kernel.stride(2), x = kernel.stride(3);
+  if (turned) return {at + 2 * (y + x), first, second, -y, -x};
+  return {at, second, first, y, x};
 }
 
 void winograd_conv(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& kernel,
                    bool turned, const Tensor& out) {
-  STD_TORCH_CHECK(has_bf16_products(), "winograd_conv needs AVX512_BF16");
-  WinogradConvJob job{};
-  job.x = bf16_map(x, "x");
-  job.result = const_cast<uint16_t*>(bf16_map(out, "out"));
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = out.size(3);
-  set_affine(job, scale, shift);
-  STD_TORCH_CHECK(out.size(0) == job.N && out.size(1) == job.H && out.size(2) == job.W, "out must be of x's size");
-  STD_TORCH_CHECK(job.in % kWinogradIn == 0 && job.out % kWinogradOut == 0, "channels must be multiples of ",
-                  kWinogradIn, " and ", kWinogradOut);
-  STD_TORCH_CHECK(kernel.dim() == 4 && kernel.scalar_type() == ScalarType::Float &&
-                      kernel.size(turned ? 1 : 0) == job.out && kernel.size(turned ? 0 : 1) == job.in &&
-                      kernel.size(2) == 3 && kernel.size(3) == 3,
-                  "kernel must be float32 (out, in, 3, 3), or (in, out, 3, 3) where it is turned");
-  KernelView view{static_cast<const float*>(kernel.data_ptr()), kernel.stride(1), kernel.stride(0), kernel.stride(2),
-                  kernel.stride(3)};
-  if (turned) {
-    view.at += 2 * (view.y_stride + view.x_stride);
-    view = {view.at, view.out_stride, view.in_stride, -view.y_stride, -view.x_stride};
+  if (x.scalar_type() == ScalarType::Float) {
+    auto job = winograd_job<WinogradFloatJob>(x, scale, shift, out, "out");
+    job.result = map_of<float>(out, "out");
+    job.kernel = kernel_view(kernel, turned, job.in, job.out);
+    const auto packed = std::make_unique_for_overwrite<FloatLine[]>(size_t(job.in * job.out));
+    job.packed = packed.get();
+    torch::stable::parallel_for(0, job.out / kWinogradChannels, 1,
+                                [&](int64_t begin, int64_t end) { winograd_float_pack(job, begin, end); });
+    torch::stable::parallel_for(0, winograd_float_chunks(job), 1,
+                                [&](int64_t begin, int64_t end) { winograd_float_run(job, begin, end); });
+    return;
   }
-  std::vector<Line> packed(size_t(winograd_kernel_lines(job.in, job.out)));
-  torch::stable::parallel_for(0, job.out / kWinogradOut, 1, [&](int64_t begin, int64_t end) {
-    winograd_pack(view, job.in, begin, end, packed.data());
-  });
-  job.kernel = packed.data();
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_conv in bfloat16 needs AVX512_BF16");
+  auto job = winograd_job<WinogradConvJob>(x, scale, shift, out, "out");
+  job.result = map_of<uint16_t>(out, "out");
+  job.kernel = kernel_view(kernel, turned, job.in, job.out);
+  const auto packed = std::make_unique_for_overwrite<Line[]>(size_t(job.in * job.out / 2));
+  job.packed = packed.get();
+  torch::stable::parallel_for(0, job.out / kWinogradChannels, 1,
+                              [&](int64_t begin, int64_t end) { winograd_pack(job, begin, end); });
   torch::stable::parallel_for(0, winograd_conv_chunks(job), 1,
                               [&](int64_t begin, int64_t end) { winograd_conv_run(job, begin, end); });
 }
 
 void winograd_weight_grad(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& grad,
                           const Tensor& out) {
-  STD_TORCH_CHECK(has_bf16_products(), "winograd_weight_grad needs AVX512_BF16");
-  WinogradWeightGradJob job{};
-  job.x = bf16_map(x, "x");
-  job.grad = bf16_map(grad, "grad");
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = grad.size(3);
-  set_affine(job, scale, shift);
-  STD_TORCH_CHECK(grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W, "grad must be of x's size");
-  STD_TORCH_CHECK(job.in % kWinogradWeightGradChannels == 0 && job.out % kWinogradWeightGradChannels == 0,
-                  "channels must be multiples of ", kWinogradWeightGradChannels);
-  const int64_t weights = 9 * job.in * job.out, parts = winograd_weight_grad_parts(job);
-  STD_TORCH_CHECK(out.numel() == weights && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
-                  "out must be contiguous float32 (3, 3, in, out)");
-  const auto partial = std::make_unique_for_overwrite<float[]>(size_t(parts * weights));
-  job.partial = partial.get();
-  torch::stable::parallel_for(0, parts, 1,
-                              [&](int64_t begin, int64_t end) { winograd_weight_grad_run(job, begin, end); });
-  finish_sums(partial.get(), parts, weights, static_cast<float*>(out.data_ptr()));
+  const auto sum_parts = [&](auto& job, int64_t parts, auto run_parts) {
+    const int64_t weights = 9 * job.in * job.out;
+    STD_TORCH_CHECK(out.numel() == weights && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
+                    "out must be contiguous float32 (3, 3, in, out)");
+    const auto partial = std::make_unique_for_overwrite<float[]>(size_t(parts * weights));
+    job.partial = partial.get();
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { run_parts(job, begin, end); });
+    finish_sums(partial.get(), parts, weights, static_cast<float*>(out.data_ptr()));
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    auto job = winograd_job<WinogradFloatJob>(x, scale, shift, grad, "grad");
+    job.grad = map_of<const float>(grad, "grad");
+    return sum_parts(job, winograd_float_parts(job), winograd_float_weight_grad);
+  }
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_weight_grad in bfloat16 needs AVX512_BF16");
+  auto job = winograd_job<WinogradWeightGradJob>(x, scale, shift, grad, "grad");
+  job.grad = map_of<const uint16_t>(grad, "grad");
+  sum_parts(job, winograd_weight_grad_parts(job), winograd_weight_grad_run);
 }
 
 }  // namespace
@@ -288,7 +312,7 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
       "image_conv_backward(Tensor image, Tensor x, Tensor grad, Tensor scale, Tensor shift, Tensor coef, "
       "Tensor(a!) grad_kernel) -> ()");
   m.def("has_weight_grad() -> bool");
-  m.def("has_bf16_products() -> bool");
+  m.def("has_winograd(bool bf16) -> bool");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
   m.def("winograd_conv(Tensor x, Tensor? scale, Tensor? shift, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
   m.def("winograd_weight_grad(Tensor x, Tensor? scale, Tensor? shift, Tensor grad, Tensor(a!) out) -> ()");
@@ -296,7 +320,7 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
   m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
-  m.impl("has_bf16_products", TORCH_BOX(&cxrfast::has_bf16_products));
+  m.impl("has_winograd", TORCH_BOX(&cxrfast::has_winograd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {

@@ -151,22 +151,20 @@ CXRFAST_BF16 void pack_pair(const float* const channels[2], const KernelView& ke
 
 }  // namespace
 
-int64_t winograd_kernel_lines(int64_t in, int64_t out) { return kPoints * in / 2 * out / 16; }
-
 // packed[out / 16][point][in / 2]
-void winograd_pack(const KernelView& kernel, int64_t in, int64_t begin, int64_t end, Line* packed) {
+void winograd_pack(const WinogradConvJob& job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-  const int64_t pairs = in / 2;
-  for (int64_t block = begin; block < end; ++block)
+  const int64_t pairs = job.in / 2;
+  for (int64_t block = 2 * begin; block < 2 * end; ++block)
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      const float* const from = kernel.at + block * 16 * kernel.out_stride;
+      const float* const from = job.kernel.at + block * 16 * job.kernel.out_stride;
       const int64_t line = pair / 16 * kLineChannels, place = pair % 16 * 2;
-      const float* const channels[2] = {from + (line + channel_at(place)) * kernel.in_stride,
-                                        from + (line + channel_at(place + 1)) * kernel.in_stride};
-      pack_pair(channels, kernel, packed + block * kPoints * pairs + pair, pairs);
+      const float* const channels[2] = {from + (line + channel_at(place)) * job.kernel.in_stride,
+                                        from + (line + channel_at(place + 1)) * job.kernel.in_stride};
+      pack_pair(channels, job.kernel, job.packed + block * kPoints * pairs + pair, pairs);
     }
 #else
-  (void)kernel, (void)in, (void)begin, (void)end, (void)packed;
+  (void)job, (void)begin, (void)end;
 #endif
 }
 
@@ -184,17 +182,16 @@ void winograd_conv_run(const WinogradConvJob& job, int64_t begin, int64_t end) {
   std::vector<Line> v(size_t(kPoints * lines * some)), half(size_t(8 * some));
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first_tile = chunk * some, stop = std::min(all, first_tile + some);
-    tiles.over_rows(first_tile, stop, [&](int64_t image, int64_t row, int64_t first, int64_t count, int64_t offset) {
+    for (Stretch at(tiles, first_tile, stop); at.count > 0; at.next())
       for (int64_t line = 0; line < lines; ++line) {
-        const uint16_t* from = job.x + image * job.H * job.W * job.in + line * kLineChannels;
+        const uint16_t* from = job.x + at.image * job.H * job.W * job.in + line * kLineChannels;
         const LineAffine* affine = job.scale == nullptr ? nullptr : affines.data() + line;
-        const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1, affine);
+        const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * at.row - 1, affine);
         const auto transform = affine == nullptr ? transform_tiles<false> : transform_tiles<true>;
-        transform(rows, first, count, v.data() + line * some + offset, lines * some);
+        transform(rows, at.first, at.count, v.data() + line * some + at.offset, lines * some);
       }
-    });
     for (int64_t block = 0; block < job.out / 16; ++block) {
-      const Line* u = job.kernel + block * kPoints * job.in / 2;
+      const Line* u = job.packed + block * kPoints * job.in / 2;
       for (int64_t k = 0; k < 4; ++k)
         for (int64_t t = 0; t < stop - first_tile; t += kSome) {
           // two blocks share a cache line
@@ -202,10 +199,10 @@ void winograd_conv_run(const WinogradConvJob& job, int64_t begin, int64_t end) {
           multiply_row(v.data() + 4 * k * lines * some + t, some, lines, u + 4 * k * job.in / 2,
                        half.data() + 2 * k * some + t);
         }
-      tiles.over_rows(first_tile, stop, [&](int64_t image, int64_t row, int64_t first, int64_t count, int64_t offset) {
-        uint16_t* to = job.result + image * job.H * job.W * job.out + block * 16;
-        finish_tiles(job, to, row, first, count, half.data() + offset, some);
-      });
+      for (Stretch at(tiles, first_tile, stop); at.count > 0; at.next()) {
+        uint16_t* to = job.result + at.image * job.H * job.W * job.out + block * 16;
+        finish_tiles(job, to, at.row, at.first, at.count, half.data() + at.offset, some);
+      }
     }
   }
 #else

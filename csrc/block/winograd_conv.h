@@ -10,8 +10,8 @@ namespace cxrfast {
 
 struct Line;  // winograd_tiles.h
 
-// Element (y, x) of the kernel for one channel in and one out is at[y * y_stride + x * x_stride + in * in_stride + out
-// * out_stride]. A gradient's kernel is the convolution's own, turned by half a circle and with its channels swapped.
+// A kernel wherever it lies: its tap (y, x) from one channel to another is at[y * y_stride + x * x_stride + in *
+// in_stride + out * out_stride]. A gradient's is the convolution's own, turned by half a circle, its channels swapped.
 struct KernelView {
   const float* at;
   int64_t in_stride, out_stride, y_stride, x_stride;
@@ -19,18 +19,18 @@ struct KernelView {
 
 struct WinogradConvJob {
   int64_t N, H, W;
-  int64_t in, out;             // channels; multiples of kWinogradIn and kWinogradOut
+  int64_t in, out;             // channels; multiples of kWinogradChannels
   const uint16_t* x;           // (N, H, W, in)
   const float *scale, *shift;  // (in): it is relu(x * scale + shift) that is convolved; null: x
-  const Line* kernel;          // winograd_pack's
-  uint16_t* result;            // (N, H, W, out)
+  KernelView kernel;
+  Line* packed;      // (in * out / 2): winograd_pack's
+  uint16_t* result;  // (N, H, W, out)
 };
 
-constexpr int64_t kWinogradIn = 32, kWinogradOut = 16;
+constexpr int64_t kWinogradChannels = 32;
 
-// Transforms the kernel for the output channels [16 begin, 16 end); packed holds winograd_kernel_lines.
-int64_t winograd_kernel_lines(int64_t in, int64_t out);
-void winograd_pack(const KernelView& kernel, int64_t in, int64_t begin, int64_t end, Line* packed);
+// Transforms the kernel for the output channels [32 begin, 32 end).
+void winograd_pack(const WinogradConvJob& job, int64_t begin, int64_t end);
 
 // Chunks that a job falls into; any split of [0, chunks) over threads gives the same result.
 int64_t winograd_conv_chunks(const WinogradConvJob& job);

@@ -1,5 +1,5 @@
-// winograd_tiles.h - what winograd_conv.cpp and winograd_weight_grad.cpp share: the walk over tiles of bfloat16 maps,
-// and the halves of Winograd's F(2x2, 3x3) along one direction.
+// winograd_tiles.h - Winograd's F(2x2, 3x3), and what the files that use it share: the walk over tiles, and V of
+// bfloat16 maps.
 //
 // A tile is 2x2 pixels of the convolution's result (or of its gradient) and the 4x4 pixels of x that they come from.
 // Along one direction, for x d, kernel g and result y:
@@ -8,8 +8,10 @@
 //   U = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)
 //   y = (M0 + M1 + M2, M1 - M2 - M3)   with M = U V, 4 products where the sum itself has 6
 //
-// and in both directions 16 products, one at each of 16 points, where it has 36. V and U are rounded to bfloat16, all
-// else is float. Source: Lavin & Gray 2015, Fast Algorithms for Convolutional Neural Networks, section 4.1.
+// and in both directions 16 products, one at each of 16 points, where it has 36. The weights' gradient is the same read
+// backwards, with (z0, z0 + z1, z0 - z1, -z1) of the gradient z of y in M's place. In bfloat16 V, U and these are
+// rounded, all else is float. Source: Lavin & Gray 2015, Fast Algorithms for Convolutional Neural Networks,
+// section 4.1.
 #pragma once
 
 #include <algorithm>
@@ -37,15 +39,30 @@ struct Tiles {
   int64_t rows, across;  // of an image
 
   int64_t count(int64_t N) const { return N * rows * across; }
+};
 
-  // body(image, row, first, count, offset from begin) for every stretch of [begin, end) within one row
-  template <class Body>
-  void over_rows(int64_t begin, int64_t end, const Body& body) const {
-    for (int64_t at = begin; at < end;) {
-      const int64_t row = at / across, first = at % across, count = std::min(across - first, end - at);
-      body(row / rows, row % rows, first, count, at - begin);
-      at += count;
-    }
+// Tiles [begin, end), one stretch within a row after the other; none is left where count is 0.
+struct Stretch {
+  int64_t image, row, first, count;
+  int64_t offset = 0;  // of the stretch, from begin
+
+  CXRFAST_INLINE Stretch(const Tiles& all, int64_t begin_tile, int64_t end_tile)
+      : tiles(all), begin(begin_tile), end(end_tile) {
+    find();
+  }
+  CXRFAST_INLINE void next() {
+    offset += count;
+    find();
+  }
+
+ private:
+  const Tiles tiles;
+  const int64_t begin, end;
+
+  CXRFAST_INLINE void find() {
+    const int64_t at = begin + offset, any_row = at / tiles.across;
+    image = any_row / tiles.rows, row = any_row % tiles.rows, first = at % tiles.across;
+    count = std::min(tiles.across - first, end - at);
   }
 };
 

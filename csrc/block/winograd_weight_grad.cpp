@@ -16,12 +16,10 @@ namespace {
 
 constexpr int64_t kMaxParts = 16;      // more than a desktop's cores
 constexpr int64_t kPairsOfPart = 256;  // at least: a part's end costs as much as the products of twenty pairs
+constexpr int64_t kPairs = 56;         // of a chunk: few enough for the second cache, enough for a pass over the sums
 constexpr int64_t kSome = 8;           // input channels of a product at once, against 32 output channels
 
 Tiles pairs_of(const WinogradWeightGradJob& job) { return {(job.H + 1) / 2, ((job.W + 1) / 2 + 1) / 2}; }
-
-// Few enough for the second cache, enough for one pass over the sums at each point.
-int64_t pairs_per_chunk(const WinogradWeightGradJob& job) { return job.in + job.out <= 64 ? 56 : 28; }
 
 #if defined(__x86_64__)
 
@@ -153,7 +151,7 @@ int64_t winograd_weight_grad_parts(const WinogradWeightGradJob& job) {
 void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
   const Tiles tiles = pairs_of(job);
-  const int64_t all = tiles.count(job.N), parts = winograd_weight_grad_parts(job), some = pairs_per_chunk(job);
+  const int64_t all = tiles.count(job.N), parts = winograd_weight_grad_parts(job), some = kPairs;
   const int64_t x_stride = job.in / 16 * some, grad_stride = job.out / 16 * some;
   const int64_t sums_stride = job.in * job.out / 16;
   std::vector<LineAffine> affines;
@@ -166,25 +164,25 @@ void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, i
     const int64_t last = all * (part + 1) / parts;
     for (int64_t first_pair = all * part / parts; first_pair < last; first_pair += some) {
       const int64_t stop = std::min(last, first_pair + some);
-      tiles.over_rows(first_pair, stop, [&](int64_t image, int64_t row, int64_t first, int64_t count, int64_t offset) {
+      for (Stretch at(tiles, first_pair, stop); at.count > 0; at.next()) {
         for (int64_t c = 0; c < job.in; c += kLineChannels) {
-          const uint16_t* from = job.x + image * job.H * job.W * job.in + c;
+          const uint16_t* from = job.x + at.image * job.H * job.W * job.in + c;
           const LineAffine* affine = job.scale == nullptr ? nullptr : affines.data() + c / kLineChannels;
-          const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * row - 1, affine);
+          const ImageRows<4> rows(from, job.H, job.W, job.in, 2 * at.row - 1, affine);
           const auto even = affine == nullptr ? transform_x<false, false> : transform_x<false, true>;
           const auto odd = affine == nullptr ? transform_x<true, false> : transform_x<true, true>;
-          Line* to = x.data() + c / 16 * some + offset;
-          even(rows, first, count, to, x_stride);
-          odd(rows, first, count, to + some, x_stride);
+          Line* to = x.data() + c / 16 * some + at.offset;
+          even(rows, at.first, at.count, to, x_stride);
+          odd(rows, at.first, at.count, to + some, x_stride);
         }
         for (int64_t c = 0; c < job.out; c += kLineChannels) {
-          const uint16_t* from = job.grad + image * job.H * job.W * job.out + c;
-          const ImageRows<2> rows(from, job.H, job.W, job.out, 2 * row);
-          Line* to = grad.data() + c / 16 * some + offset;
-          transform_grad<false>(rows, first, count, to, grad_stride);
-          transform_grad<true>(rows, first, count, to + some, grad_stride);
+          const uint16_t* from = job.grad + at.image * job.H * job.W * job.out + c;
+          const ImageRows<2> rows(from, job.H, job.W, job.out, 2 * at.row);
+          Line* to = grad.data() + c / 16 * some + at.offset;
+          transform_grad<false>(rows, at.first, at.count, to, grad_stride);
+          transform_grad<true>(rows, at.first, at.count, to + some, grad_stride);
         }
-      });
+      }
       for (int64_t point = 0; point < kPoints; ++point)
         for (int64_t out = 0; out < job.out; out += kLineChannels)
           for (int64_t in = 0; in < job.in; in += kSome)

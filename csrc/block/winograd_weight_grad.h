@@ -6,18 +6,18 @@
 
 #include <cstdint>
 
+#include "winograd_conv.h"
+
 namespace cxrfast {
 
 struct WinogradWeightGradJob {
   int64_t N, H, W;
-  int64_t in, out;             // channels; multiples of kWinogradWeightGradChannels
+  int64_t in, out;             // channels; multiples of kWinogradChannels
   const uint16_t* x;           // (N, H, W, in)
   const float *scale, *shift;  // (in): it was relu(x * scale + shift) that was convolved; null: x
   const uint16_t* grad;        // (N, H, W, out)
   float* partial;              // (winograd_weight_grad_parts, 3, 3, in, out); written by its parts
 };
-
-constexpr int64_t kWinogradWeightGradChannels = 32;
 
 // The tiles fall into so many parts, whatever the number of threads, so that the sum has one order.
 int64_t winograd_weight_grad_parts(const WinogradWeightGradJob& job);
