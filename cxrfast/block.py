@@ -41,10 +41,14 @@ MISSING["cuda"] = "_block.so, which it builds on, is missing" if MISSING["cpu"] 
 HAS_WEIGHT_GRAD: bool = not MISSING["cpu"] and torch.ops.cxrfast_block.has_weight_grad()
 """Whether this CPU is one for our weight gradient in float32."""
 
-HAS_WEIGHT_GRAD_BF16: bool = not MISSING["cpu"] and torch.ops.cxrfast_block.has_weight_grad_bf16()
-"""Whether it is one for our weight gradient in bfloat16."""
+WINOGRAD_DTYPES: tuple[torch.dtype, ...] = tuple(
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
+    if not MISSING["cpu"] and torch.ops.cxrfast_block.has_winograd(dtype == torch.bfloat16)
+)
+"""For which types it is one for our convolutions (Winograd's) and their gradients."""
 
-LONG_ROW = 100  # pixels, from which on the latter gains: each row costs a pass over a tile's weights
+FEW_PIXELS = 512  # of all images: below, turning the kernel into Winograd's costs more than it saves
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 """The maps' types that the compiled part takes."""
@@ -158,39 +162,63 @@ def _relu(x: Tensor, affine: _Affine) -> Tensor:
     return out
 
 
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+def _convolve(x: Tensor, kernel: Tensor, affine: _Affine | None = None) -> Tensor:
+    """The 3x3 convolution with padding 1 of x, or of relu(affine(x))."""
+    if _for_winograd(x, kernel) and _num_pixels(x) >= FEW_PIXELS:
+        return _winograd(x, kernel, affine)
+    if affine is not None:
+        x = _relu(x, affine)
     # the result is channels-last for a map of one channel too, whose own memory format says nothing
     return _channels_last(F.conv2d(x, _channels_last(kernel, x.dtype), padding=1), x.dtype)
 
 
-def conv_backward(grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of the kernel of a 3x3 convolution with padding 1.
+def _for_winograd(x: Tensor, kernel: Tensor) -> bool:
+    return x.is_cpu and x.dtype in WINOGRAD_DTYPES and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
+
+
+def _num_pixels(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[1])
+
+
+def _winograd(x: Tensor, kernel: Tensor, affine: _Affine | None = None, turned: bool = False) -> Tensor:
+    """`_convolve`; turned, x is the gradient of a convolution's result and what comes back that of its input."""
+    N, _, H, W = x.shape
+    channels = kernel.shape[1 if turned else 0]
+    out = torch.empty(N, channels, H, W, dtype=x.dtype, memory_format=torch.channels_last)
+    scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+    torch.ops.cxrfast_block.winograd_conv(_nhwc(x), scale, shift, kernel.detach().float(), turned, _nhwc(out))
+    return out
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, need_x: bool, affine: _Affine | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of `_convolve`'s input (x, or relu(affine(x))) and of its kernel.
 
     On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
     forward pass (docs/notes.md); ours at about the forward pass. A map of one channel goes by nine matrix products.
-    On CPUs with bf16 products but no matrix unit ours is a tenth to a sixth faster where rows are long.
+    On CPUs with bf16 products but no matrix unit both gradients are Winograd's, at about half of torch's cost.
     """
     out_channels, in_channels = kernel.shape[:2]
     taps: Tensor | None = None  # (out, in, 3, 3), as a view
-    if HAS_WEIGHT_GRAD and x.is_cpu and x.dtype == torch.float32:
+    if _for_winograd(x, kernel):
+        by_tap = torch.empty(3, 3, in_channels, out_channels)
+        scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+        torch.ops.cxrfast_block.winograd_weight_grad(_nhwc(x), scale, shift, _nhwc(grad), by_tap)
+        taps = by_tap.permute(3, 2, 0, 1)
+    elif affine is not None:
+        return conv_backward(grad, _relu(x, affine), kernel, need_x)  # again: one pass, against a map kept in memory
+    elif HAS_WEIGHT_GRAD and x.is_cpu and x.dtype == torch.float32:
         by_tap = torch.empty(3, 3, out_channels, in_channels)
         if in_channels % 16 == 0 and out_channels % 2 == 0:
             torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), by_tap)
         else:
             _weight_grad_by_products(x, grad, by_tap)
         taps = by_tap.permute(2, 3, 0, 1)
-    elif (
-        HAS_WEIGHT_GRAD_BF16
-        and x.is_cpu
-        and x.dtype == torch.bfloat16
-        and (in_channels % 8, out_channels % 32) == (0, 0)
-        and x.shape[3] >= LONG_ROW
-    ):
-        by_tap = torch.empty(3, 3, in_channels, out_channels)
-        torch.ops.cxrfast_block.weight_grad_bf16(_nhwc(x), _nhwc(grad), by_tap)
-        taps = by_tap.permute(3, 2, 0, 1)
     grad_x: Tensor | None = None
-    if need_x or taps is None:
+    if need_x and _for_winograd(x, kernel) and _num_pixels(x) >= FEW_PIXELS:
+        grad_x = _winograd(grad, kernel, turned=True)
+    elif need_x or taps is None:
         grad_x, theirs, _ = torch.ops.aten.convolution_backward(
             grad, x, kernel.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [need_x, taps is None, False]
         )
@@ -226,9 +254,9 @@ class _NormReluConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         ctx.affine = _Affine(x, norm)
-        y = _relu(x, ctx.affine)
-        ctx.save_for_backward(x, kernel, _kept(y))
-        return _convolve(y, kernel)
+        out, y = _relu_convolve(x, ctx.affine, kernel)
+        ctx.save_for_backward(x, kernel, y)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,9 +282,9 @@ class _ImageConvNormReluConv(torch.autograd.Function):
         taps = kernel1.detach().float().view(-1, 9).t().contiguous()
         torch.ops.cxrfast_block.image_conv(image, taps, _nhwc(x), sums)
         ctx.affine = _Affine(x, norm, sums)
-        y = _relu(x, ctx.affine)
-        ctx.save_for_backward(image, x, kernel1, kernel2, _kept(y))
-        return _convolve(y, kernel2)
+        out, y = _relu_convolve(x, ctx.affine, kernel2)
+        ctx.save_for_backward(image, x, kernel1, kernel2, y)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -272,21 +300,25 @@ class _ImageConvNormReluConv(torch.autograd.Function):
         return None, grad_kernel1, grad_weight, grad_bias, grad_kernel2, None, None
 
 
-def _kept(y: Tensor) -> Tensor | None:
-    """What of the second convolution's input is kept for the backward pass: on a CPU nothing, because to compute it
-    again is one pass over memory of which there is little; on a GPU, which has plenty, all."""
-    return y if y.is_cuda else None
+def _relu_convolve(x: Tensor, affine: _Affine, kernel: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(y) with y = relu(affine(x)), and what of y is kept for the backward pass: on a CPU nothing, because it costs
+    less to compute it again than to have the memory; on a GPU, which has plenty, all."""
+    if x.is_cpu:
+        return _convolve(x, kernel, affine), None
+    y = _relu(x, affine)
+    return _convolve(y, kernel), y
 
 
 def _relu_conv_backward(
     grad: Tensor, x: Tensor, y: Tensor | None, affine: _Affine, kernel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through y = relu(affine(x)), conv(y): the gradient before the convolution, its sums for `_Affine.backward`,
-    and the kernel's gradient."""
+    """Back through `_relu_convolve`: the gradient before the convolution, its sums for `_Affine.backward`, and the
+    kernel's gradient."""
+    grad = _channels_last(grad, x.dtype)
     if y is None:
-        y = _relu(x, affine)
-    grad_y, grad_kernel = conv_backward(_channels_last(grad, x.dtype), y, kernel, True)
-    del y
+        grad_y, grad_kernel = conv_backward(grad, x, kernel, True, affine)
+    else:
+        grad_y, grad_kernel = conv_backward(grad, y, kernel, True)
     assert grad_y is not None
     grad_y = _channels_last(grad_y, x.dtype)
     sums = x.new_empty(2, x.shape[1], dtype=torch.float64)

@@ -100,31 +100,114 @@ def test_conv(shape, out):
     compare(lambda x, c: block._Conv.apply(x, c.weight), lambda x, c: c(x), channels_last(*shape), [layer], True)
 
 
-@pytest.mark.skipif(not block.HAS_WEIGHT_GRAD_BF16, reason="no bf16 products, or a matrix unit")
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 8, 2, 3), (3, 16, 7, 4), (1, 32, 40, 101), (5, 64, 9, 16)])
+each_winograd = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.skipif(dtype not in block.WINOGRAD_DTYPES, reason="not on this CPU"))
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
+
+# Sides of less than a tile, odd, of several chunks; channels of one cache line and of three; parts within an image.
+WINOGRAD_SHAPES = [
+    *((1, 32, 1, 1), (2, 32, 2, 3), (3, 96, 7, 4), (1, 32, 1, 29), (1, 64, 30, 2)),
+    *((5, 64, 9, 16), (1, 32, 40, 101), (2, 256, 15, 14)),
+]
+# In bf16 rounding V and U adds 2.4 times the rounding of the result, by the variances of their sums. In float it is
+# less than what torch loses in its longer sums, but for maps of one pixel, where eight taps must cancel.
+WINOGRAD_LOSS = {torch.float32: 4, torch.bfloat16: 3}
+
+
+def error(found, expected):
+    return (found.double() - expected).square().mean().sqrt().item()
+
+
+@each_winograd
+@pytest.mark.parametrize("shape", WINOGRAD_SHAPES)
 @pytest.mark.parametrize("out", [32, 96])
-def test_weight_grad_bf16(shape, out):
-    """Odd and even rows, borders, parts that begin within an image."""
+def test_winograd(shape, out, dtype, monkeypatch):
+    """Result and gradients, against float64 and by the measure of torch's own in the same type."""
+    monkeypatch.setattr(block, "FEW_PIXELS", 0)
     torch.manual_seed(0)
     N, C, H, W = shape
-    x, grad = (channels_last(N, channels, H, W, dtype=torch.bfloat16) for channels in (C, out))
-    taps = torch.empty(3, 3, C, out)
-    torch.ops.cxrfast_block.weight_grad_bf16(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), taps)
-    expected = torch.nn.grad.conv2d_weight(x.double(), (out, C, 3, 3), grad.double(), padding=1)
-    assert_close(taps.permute(3, 2, 0, 1), expected, torch.float32)
+    x, grad = (channels_last(N, channels, H, W, dtype=dtype) for channels in (C, out))
+    x.clamp_(min=-0.5)  # values as a ReLU leaves them: a mean that is not 0
+    kernel = torch.randn(out, C, 3, 3).contiguous(
+        memory_format=torch.channels_last if out == 32 else torch.contiguous_format
+    )
+    found = [block._convolve(x, kernel), *block.conv_backward(grad, x, kernel, True)]
+    assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == torch.float32
+    theirs = [
+        F.conv2d(x, kernel.to(dtype), padding=1),
+        *torch.ops.aten.convolution_backward(
+            grad, x, kernel.to(dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        )[:2],
+    ]
+    wide = [t.double() for t in (x, kernel, grad)]
+    truth = [
+        F.conv2d(wide[0], wide[1], padding=1),
+        torch.nn.grad.conv2d_input(x.shape, wide[1], wide[2], padding=1),
+        torch.nn.grad.conv2d_weight(wide[0], kernel.shape, wide[2], padding=1),
+    ]
+    for ours, other, true in zip(found, theirs, truth, strict=True):
+        assert ours.shape == true.shape
+        assert error(ours, true) <= WINOGRAD_LOSS[dtype] * error(other, true)
+        assert_close(ours, true, dtype)
 
 
-@pytest.mark.parametrize("width", [block.LONG_ROW - 1, block.LONG_ROW])
-def test_conv_backward_in_bf16(width):
-    """Whoever computes the weights' gradient, to the digits of bf16."""
+@each_winograd
+def test_winograd_of_small_integers_is_exact(dtype):
+    """Every channel, pixel and tap in its place: nothing is rounded here, so that one wrong value shows."""
     torch.manual_seed(0)
-    x, grad = (channels_last(1, C, 5, width, dtype=torch.bfloat16) for C in (8, 32))
-    kernel = torch.randn(32, 8, 3, 3)
-    grad_x, grad_kernel = block.conv_backward(grad, x, kernel, True)
-    assert grad_kernel.dtype == torch.float32
-    wide = [t.double() for t in (grad, x, kernel.bfloat16())]
-    assert_close(grad_x, torch.nn.grad.conv2d_input(x.shape, wide[2], wide[0], padding=1), torch.bfloat16)
-    assert_close(grad_kernel, torch.nn.grad.conv2d_weight(wide[1], kernel.shape, wide[0], padding=1), torch.bfloat16)
+    x, grad = (torch.randint(-3, 4, (2, C, 9, 31)).float() for C in (64, 32))
+    kernel = 4 * torch.randint(-3, 4, (32, 64, 3, 3)).float()  # a quarter of it stays whole
+    maps = [t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, grad)]
+    grad_x, grad_kernel = block.conv_backward(maps[1], maps[0], kernel, True)
+    assert torch.equal(block._convolve(maps[0], kernel), F.conv2d(x, kernel, padding=1).to(dtype))
+    assert torch.equal(grad_x, torch.nn.grad.conv2d_input(x.shape, kernel, grad, padding=1).to(dtype))
+    assert torch.equal(grad_kernel, torch.nn.grad.conv2d_weight(x, kernel.shape, grad, padding=1))
+
+
+@each_winograd
+def test_winograd_by_parts_of_a_batch_and_without_images(dtype, monkeypatch):
+    monkeypatch.setattr(block, "FEW_PIXELS", 0)
+    torch.manual_seed(0)
+    x, kernel = channels_last(5, 32, 9, 13, dtype=dtype), torch.randn(64, 32, 3, 3)
+    parts = [block._convolve(part, kernel) for part in (x[:2], x[2:], x[:0])]
+    assert torch.equal(torch.cat(parts), block._convolve(x, kernel))
+    grad_x, grad_kernel = block.conv_backward(parts[2], x[:0], kernel, True)
+    assert grad_x.shape == (0, 32, 9, 13) and not grad_kernel.any()
+
+
+@each_winograd
+@pytest.mark.parametrize("shape", [(2, 32, 5, 6), (3, 64, 16, 9)])
+def test_a_block_by_winograd(shape, dtype, monkeypatch):
+    """All of a block by Winograd, by the measure of the same by torch's convolutions."""
+    torch.manual_seed(0)
+    layers = [make_conv(shape[1], 64), make_norm(64), make_conv(64, 32)]
+    x = channels_last(*shape, dtype=dtype)
+    incoming = channels_last(shape[0], 32, *shape[2:], dtype=dtype)
+    values = {}
+    for way in ("winograd", "torch", "truth"):
+        monkeypatch.setattr(block, "WINOGRAD_DTYPES", (dtype,) if way == "winograd" else ())
+        monkeypatch.setattr(block, "FEW_PIXELS", 0)
+        own = [copy.deepcopy(layer) for layer in layers]
+        mine = x.clone(memory_format=torch.preserve_format)
+        if way == "truth":
+            own, mine = [layer.double() for layer in own], mine.double()
+        out = (plain_conv_norm_relu_conv if way == "truth" else block.conv_norm_relu_conv)(mine.requires_grad_(), *own)
+        out.backward(incoming.to(out.dtype))
+        values[way] = [out.detach(), mine.grad, *(p.grad for layer in own for p in layer.parameters())]
+    for ours, theirs, true in zip(values["winograd"], values["torch"], values["truth"], strict=True):
+        assert error(ours, true) <= WINOGRAD_LOSS[dtype] * error(theirs, true)
+
+
+@each_winograd
+def test_a_nan_is_not_swallowed_by_winograd(dtype, monkeypatch):
+    monkeypatch.setattr(block, "FEW_PIXELS", 0)
+    x, layers = channels_last(1, 32, 4, 4, dtype=dtype), [make_conv(32, 32), make_norm(32).eval(), make_conv(32, 32)]
+    x[0, 1, 2, 3] = float("nan")
+    assert block.conv_norm_relu_conv(x, *layers)[0, :, 2, 3].isnan().all()
 
 
 def test_conv_of_images_makes_a_channels_last_map():
@@ -241,10 +324,9 @@ def test_bits_do_not_depend_on_threads():
             maps = x.detach().permute(0, 2, 3, 1)
             torch.ops.cxrfast_block.weight_grad(maps, maps, taps)
             results[-1].append(taps)
-        if block.HAS_WEIGHT_GRAD_BF16:
-            taps, maps = torch.empty(3, 3, 32, 32), x.detach().permute(0, 2, 3, 1).bfloat16()
-            torch.ops.cxrfast_block.weight_grad_bf16(maps, maps, taps)
-            results[-1].append(taps)
+        for dtype in block.WINOGRAD_DTYPES:
+            maps, kernel = x.detach().to(dtype), torch.linspace(-1, 1, 32 * 32 * 9).view(32, 32, 3, 3)
+            results[-1] += [block._convolve(maps, kernel), *block.conv_backward(maps, maps, kernel, True)]
     torch.set_num_threads(threads)
     for found in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
@@ -271,3 +353,14 @@ def test_wrong_shapes_are_refused():
         torch.ops.cxrfast_block.sums(x, torch.zeros(2, 4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="out must be"):
         torch.ops.cxrfast_block.relu(x, torch.ones(3), torch.ones(3), torch.zeros(2, 4, 3, 4))
+    for dtype in block.WINOGRAD_DTYPES:
+        maps, kernel = torch.zeros(1, 4, 4, 48, dtype=dtype), torch.zeros(48, 48, 3, 3)
+        with pytest.raises(RuntimeError, match="channels must be multiples of 32"):
+            torch.ops.cxrfast_block.winograd_conv(maps, None, None, kernel, False, maps.clone())
+        with pytest.raises(RuntimeError, match="channels must be multiples of 32"):
+            torch.ops.cxrfast_block.winograd_weight_grad(maps, None, None, maps, torch.zeros(3, 3, 48, 48))
+        x = maps[..., :32].contiguous()
+        with pytest.raises(RuntimeError, match="kernel must be"):
+            torch.ops.cxrfast_block.winograd_conv(x, None, None, kernel, False, x)
+        with pytest.raises(RuntimeError, match="out must be of x's size"):
+            torch.ops.cxrfast_block.winograd_conv(x, None, None, kernel, False, x[:, :3].contiguous())

@@ -2,11 +2,17 @@
 // block_cuda.cu implements too.
 #include "block_op.h"
 
+#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "lanes.h"
 #include "sums.h"
 #include "weight_grad.h"
-#include "weight_grad_bf16.h"
+#include "winograd_conv.h"
+#include "winograd_float.h"
+#include "winograd_tiles.h"
+#include "winograd_weight_grad.h"
 
 namespace cxrfast {
 namespace {
@@ -142,29 +148,91 @@ void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
   weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
 }
 
-bool has_weight_grad_bf16() { return weight_grad_bf16_supported(); }
+bool has_winograd(bool bf16) { return bf16 ? has_bf16_products() : winograd_float_supported(); }
 
-void weight_grad_bf16(const Tensor& x, const Tensor& grad, const Tensor& out) {
-  STD_TORCH_CHECK(weight_grad_bf16_supported(), "weight_grad_bf16 needs AVX512_BF16");
-  WeightGradBf16Job job{};
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16,
-                  "x must be contiguous bfloat16 (N, H, W, in)");
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_contiguous() && grad.scalar_type() == ScalarType::BFloat16 &&
-                      grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W,
-                  "grad must be contiguous bfloat16 (N, H, W, out)");
-  job.out = grad.size(3);
-  STD_TORCH_CHECK(job.in % kWeightGradBf16In == 0 && job.out % kWeightGradBf16Out == 0,
-                  "channels must be multiples of ", kWeightGradBf16In, " and ", kWeightGradBf16Out);
-  STD_TORCH_CHECK(out.numel() == 9 * job.out * job.in && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
-                  "out must be contiguous float32 (3, 3, in, out)");
-  job.x = static_cast<const uint16_t*>(x.data_ptr());
-  job.grad = static_cast<const uint16_t*>(grad.data_ptr());
-  const int64_t parts = weight_grad_bf16_parts(job);
-  std::vector<float> partial(size_t(parts * 9 * job.out * job.in));
-  job.partial = partial.data();
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { weight_grad_bf16_run(job, begin, end); });
-  finish_sums(partial.data(), parts, 9 * job.out * job.in, static_cast<float*>(out.data_ptr()));
+// A map in the job's type.
+template <class T>
+T* map_of(const Tensor& map, const char* name) {
+  const ScalarType dtype = std::is_same_v<std::remove_const_t<T>, float> ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(map.dim() == 4 && map.is_contiguous() && map.scalar_type() == dtype, name,
+                  " must be contiguous (N, H, W, C) of x's type, float32 or bfloat16");
+  return static_cast<T*>(map.data_ptr());
+}
+
+// x, and relu(x * scale + shift) in its place where there are scale and shift; `other` is the map of out channels.
+template <class Job>
+Job winograd_job(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                 const Tensor& other, const char* name) {
+  Job job{};
+  job.x = map_of<std::remove_pointer_t<decltype(job.x)>>(x, "x");
+  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3), job.out = other.size(3);
+  STD_TORCH_CHECK(other.size(0) == job.N && other.size(1) == job.H && other.size(2) == job.W, name,
+                  " must be of x's size");
+  STD_TORCH_CHECK(job.in % kWinogradChannels == 0 && job.out % kWinogradChannels == 0, "channels must be multiples of ",
+                  kWinogradChannels);
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  job.scale = scale ? channel_values(*scale, job.in, "scale") : nullptr;
+  job.shift = shift ? channel_values(*shift, job.in, "shift") : nullptr;
+  return job;
+}
+
+KernelView kernel_view(const Tensor& kernel, bool turned, int64_t in, int64_t out) {
+  STD_TORCH_CHECK(kernel.dim() == 4 && kernel.scalar_type() == ScalarType::Float &&
+                      kernel.size(turned ? 1 : 0) == out && kernel.size(turned ? 0 : 1) == in && kernel.size(2) == 3 &&
+                      kernel.size(3) == 3,
+                  "kernel must be float32 (out, in, 3, 3), or (in, out, 3, 3) where it is turned");
+  const float* at = static_cast<const float*>(kernel.data_ptr());
+  const int64_t first = kernel.stride(0), second = kernel.stride(1), y = kernel.stride(2), x = kernel.stride(3);
+  if (turned) return {at + 2 * (y + x), first, second, -y, -x};
+  return {at, second, first, y, x};
+}
+
+void winograd_conv(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& kernel,
+                   bool turned, const Tensor& out) {
+  if (x.scalar_type() == ScalarType::Float) {
+    auto job = winograd_job<WinogradFloatJob>(x, scale, shift, out, "out");
+    job.result = map_of<float>(out, "out");
+    job.kernel = kernel_view(kernel, turned, job.in, job.out);
+    const auto packed = std::make_unique_for_overwrite<FloatLine[]>(size_t(job.in * job.out));
+    job.packed = packed.get();
+    torch::stable::parallel_for(0, job.out / kWinogradChannels, 1,
+                                [&](int64_t begin, int64_t end) { winograd_float_pack(job, begin, end); });
+    torch::stable::parallel_for(0, winograd_float_chunks(job), 1,
+                                [&](int64_t begin, int64_t end) { winograd_float_run(job, begin, end); });
+    return;
+  }
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_conv in bfloat16 needs AVX512_BF16");
+  auto job = winograd_job<WinogradConvJob>(x, scale, shift, out, "out");
+  job.result = map_of<uint16_t>(out, "out");
+  job.kernel = kernel_view(kernel, turned, job.in, job.out);
+  const auto packed = std::make_unique_for_overwrite<Line[]>(size_t(job.in * job.out / 2));
+  job.packed = packed.get();
+  torch::stable::parallel_for(0, job.out / kWinogradChannels, 1,
+                              [&](int64_t begin, int64_t end) { winograd_pack(job, begin, end); });
+  torch::stable::parallel_for(0, winograd_conv_chunks(job), 1,
+                              [&](int64_t begin, int64_t end) { winograd_conv_run(job, begin, end); });
+}
+
+void winograd_weight_grad(const Tensor& x, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& grad,
+                          const Tensor& out) {
+  const auto sum_parts = [&](auto& job, int64_t parts, auto run_parts) {
+    const int64_t weights = 9 * job.in * job.out;
+    STD_TORCH_CHECK(out.numel() == weights && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
+                    "out must be contiguous float32 (3, 3, in, out)");
+    const auto partial = std::make_unique_for_overwrite<float[]>(size_t(parts * weights));
+    job.partial = partial.get();
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { run_parts(job, begin, end); });
+    finish_sums(partial.get(), parts, weights, static_cast<float*>(out.data_ptr()));
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    auto job = winograd_job<WinogradFloatJob>(x, scale, shift, grad, "grad");
+    job.grad = map_of<const float>(grad, "grad");
+    return sum_parts(job, winograd_float_parts(job), winograd_float_weight_grad);
+  }
+  STD_TORCH_CHECK(has_bf16_products(), "winograd_weight_grad in bfloat16 needs AVX512_BF16");
+  auto job = winograd_job<WinogradWeightGradJob>(x, scale, shift, grad, "grad");
+  job.grad = map_of<const uint16_t>(grad, "grad");
+  sum_parts(job, winograd_weight_grad_parts(job), winograd_weight_grad_run);
 }
 
 }  // namespace
@@ -192,14 +260,15 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
       "batch_norm_grad(Tensor sums, Tensor all_sums, Tensor? total, float count, bool training, Tensor stats, "
       "Tensor(a!) coef, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
   m.def("has_weight_grad() -> bool");
-  m.def("has_weight_grad_bf16() -> bool");
-  m.def("weight_grad_bf16(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("has_winograd(bool bf16) -> bool");
   m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
+  m.def("winograd_conv(Tensor x, Tensor? scale, Tensor? shift, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
+  m.def("winograd_weight_grad(Tensor x, Tensor? scale, Tensor? shift, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
   m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
-  m.impl("has_weight_grad_bf16", TORCH_BOX(&cxrfast::has_weight_grad_bf16));
+  m.impl("has_winograd", TORCH_BOX(&cxrfast::has_winograd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
@@ -214,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
   m.impl("batch_norm", TORCH_BOX(&cxrfast::batch_norm_cpu));
   m.impl("batch_norm_grad", TORCH_BOX(&cxrfast::batch_norm_grad_cpu));
-  m.impl("weight_grad_bf16", TORCH_BOX(&cxrfast::weight_grad_bf16));
   m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
+  m.impl("winograd_conv", TORCH_BOX(&cxrfast::winograd_conv));
+  m.impl("winograd_weight_grad", TORCH_BOX(&cxrfast::winograd_weight_grad));
 }

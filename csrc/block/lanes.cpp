@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace cxrfast {
 namespace {
 
@@ -28,6 +32,16 @@ Level best_level() {
   if (std::strcmp(name, "portable") == 0) return Level::kPortable;
   if (std::strcmp(name, "avx2") == 0) return std::min(highest, Level::kAvx2);
   return highest;
+}
+
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  const bool has_matrix_unit = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
+  return detect() == Level::kAvx512 && __builtin_cpu_supports("avx512bf16") && !has_matrix_unit;
+#else
+  return false;
+#endif
 }
 
 }  // namespace cxrfast

@@ -22,6 +22,9 @@ enum class Level { kPortable, kAvx2, kAvx512 };
 // is read at every call.
 Level best_level();
 
+// Whether this CPU multiplies bfloat16 in vectors (AVX512_BF16), and has no matrix unit (AMX) that torch would use.
+bool has_bf16_products();
+
 struct Bf16 {
   uint16_t bits;
 };
