@@ -1,5 +1,5 @@
-"""A block of the network (csrc/block): batch norm with what follows it in one pass, and convolutions whose weight
-gradient is ours where torch's is slow.
+"""A block of the network (csrc/block): batch norm with what follows it in one pass, and, on CPUs that gain by it,
+convolutions and their gradients by Winograd's way.
 
     conv_norm_relu_conv   convolution, batch norm, ReLU, convolution
     norm_pool             batch norm, 2x2 max-pool, ReLU, dropout
