@@ -38,9 +38,6 @@ MISSING: dict[str, str] = {"cpu": _load("_block.so")}
 # the CPU's holds the schemas too
 MISSING["cuda"] = "_block.so, which it builds on, is missing" if MISSING["cpu"] else _load("_block_cuda.so")
 
-HAS_WEIGHT_GRAD: bool = not MISSING["cpu"] and torch.ops.cxrfast_block.has_weight_grad()
-"""Whether this CPU is one for our weight gradient in float32."""
-
 WINOGRAD_DTYPES: tuple[torch.dtype, ...] = tuple(
     dtype
     for dtype in (torch.float32, torch.bfloat16)
@@ -173,6 +170,7 @@ def _convolve(x: Tensor, kernel: Tensor, affine: _Affine | None = None) -> Tenso
 
 
 def _for_winograd(x: Tensor, kernel: Tensor) -> bool:
+    """Whether this CPU has Winograd's convolution for such a map and such channels; a GPU's is cuDNN's."""
     return x.is_cpu and x.dtype in WINOGRAD_DTYPES and (kernel.shape[0] % 32, kernel.shape[1] % 32) == (0, 0)
 
 
@@ -195,9 +193,7 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of `_convolve`'s input (x, or relu(affine(x))) and of its kernel.
 
-    On CPUs with AVX2 and nothing wider, torch's weight gradient of channels-last maps runs at a fifth to a half of its
-    forward pass (docs/notes.md); ours at about the forward pass. A map of one channel goes by nine matrix products.
-    On CPUs with bf16 products but no matrix unit both gradients are Winograd's, at about half of torch's cost.
+    Both are Winograd's where the result is, at about half of torch's cost (docs/notes.md).
     """
     out_channels, in_channels = kernel.shape[:2]
     taps: Tensor | None = None  # (out, in, 3, 3), as a view
@@ -208,13 +204,6 @@ def conv_backward(
         taps = by_tap.permute(3, 2, 0, 1)
     elif affine is not None:
         return conv_backward(grad, _relu(x, affine), kernel, need_x)  # again: one pass, against a map kept in memory
-    elif HAS_WEIGHT_GRAD and x.is_cpu and x.dtype == torch.float32:
-        by_tap = torch.empty(3, 3, out_channels, in_channels)
-        if in_channels % 16 == 0 and out_channels % 2 == 0:
-            torch.ops.cxrfast_block.weight_grad(_nhwc(x), _nhwc(grad), by_tap)
-        else:
-            _weight_grad_by_products(x, grad, by_tap)
-        taps = by_tap.permute(2, 3, 0, 1)
     grad_x: Tensor | None = None
     if need_x and _for_winograd(x, kernel) and _num_pixels(x) >= FEW_PIXELS:
         grad_x = _winograd(grad, kernel, turned=True)
@@ -225,17 +214,6 @@ def conv_backward(
         taps = theirs if taps is None else taps
     assert taps is not None
     return grad_x, taps.to(kernel.dtype)
-
-
-def _weight_grad_by_products(x: Tensor, grad: Tensor, out: Tensor) -> None:
-    """Both maps padded to the same row length, so that a tap is one offset between two flat lists of pixels."""
-    width = x.shape[3] + 2
-    pixels = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)).reshape(-1, x.shape[1])
-    grads = F.pad(_nhwc(grad), (0, 0, 0, 2, 0, 2)).reshape(-1, grad.shape[1]).t()
-    for ky in range(3):
-        for kx in range(3):
-            offset = ky * width + kx
-            torch.mm(grads[:, : grads.shape[1] - offset], pixels[offset:], out=out[ky, kx])
 
 
 class _Conv(torch.autograd.Function):

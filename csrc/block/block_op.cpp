@@ -8,7 +8,6 @@
 
 #include "lanes.h"
 #include "sums.h"
-#include "weight_grad.h"
 #include "winograd_conv.h"
 #include "winograd_float.h"
 #include "winograd_tiles.h"
@@ -123,31 +122,6 @@ void batch_norm_grad_cpu(const Tensor& sums, const Tensor& all_sums, std::option
   for (int64_t c = 0; c < job.C; ++c) batch_norm_grad(job, c);
 }
 
-bool has_weight_grad() { return weight_grad_supported(); }
-
-void weight_grad(const Tensor& x, const Tensor& grad, const Tensor& out) {
-  STD_TORCH_CHECK(weight_grad_supported(), "weight_grad needs AVX2 and FMA");
-  WeightGradJob job{};
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
-                  "x must be contiguous float32 (N, H, W, in)");
-  job.N = x.size(0), job.H = x.size(1), job.W = x.size(2), job.in = x.size(3);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float &&
-                      grad.size(0) == job.N && grad.size(1) == job.H && grad.size(2) == job.W,
-                  "grad must be contiguous float32 (N, H, W, out)");
-  job.out = grad.size(3);
-  STD_TORCH_CHECK(job.in % kWeightGradIn == 0 && job.out % kWeightGradOut == 0, "channels must be multiples of ",
-                  kWeightGradIn, " and ", kWeightGradOut);
-  STD_TORCH_CHECK(out.numel() == 9 * job.out * job.in && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
-                  "out must be contiguous float32 (3, 3, out, in)");
-  job.x = static_cast<const float*>(x.data_ptr());
-  job.grad = static_cast<const float*>(grad.data_ptr());
-  std::vector<float> partial(size_t(weight_grad_parts(job) * 9 * job.out * job.in));
-  job.partial = partial.data();
-  torch::stable::parallel_for(0, weight_grad_parts(job), 1,
-                              [&](int64_t begin, int64_t end) { weight_grad_run(job, begin, end); });
-  weight_grad_finish(job, static_cast<float*>(out.data_ptr()));
-}
-
 bool has_winograd(bool bf16) { return bf16 ? has_bf16_products() : winograd_float_supported(); }
 
 // A map in the job's type.
@@ -259,15 +233,12 @@ STABLE_TORCH_LIBRARY(cxrfast_block, m) {
   m.def(
       "batch_norm_grad(Tensor sums, Tensor all_sums, Tensor? total, float count, bool training, Tensor stats, "
       "Tensor(a!) coef, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()");
-  m.def("has_weight_grad() -> bool");
   m.def("has_winograd(bool bf16) -> bool");
-  m.def("weight_grad(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
   m.def("winograd_conv(Tensor x, Tensor? scale, Tensor? shift, Tensor kernel, bool turned, Tensor(a!) out) -> ()");
   m.def("winograd_weight_grad(Tensor x, Tensor? scale, Tensor? shift, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CompositeExplicitAutograd, m) {
-  m.impl("has_weight_grad", TORCH_BOX(&cxrfast::has_weight_grad));
   m.impl("has_winograd", TORCH_BOX(&cxrfast::has_winograd));
 }
 
@@ -283,7 +254,6 @@ STABLE_TORCH_LIBRARY_IMPL(cxrfast_block, CPU, m) {
   m.impl("image_conv_backward", TORCH_BOX(&cxrfast::image_conv_backward));
   m.impl("batch_norm", TORCH_BOX(&cxrfast::batch_norm_cpu));
   m.impl("batch_norm_grad", TORCH_BOX(&cxrfast::batch_norm_grad_cpu));
-  m.impl("weight_grad", TORCH_BOX(&cxrfast::weight_grad));
   m.impl("winograd_conv", TORCH_BOX(&cxrfast::winograd_conv));
   m.impl("winograd_weight_grad", TORCH_BOX(&cxrfast::winograd_weight_grad));
 }
