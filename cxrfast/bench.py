@@ -148,7 +148,10 @@ def _measure(trainer: Trainer, steps: int | None, say: Callable[[str], None]) ->
         f"{result['device']}: {images_per_second:,.1f} training images/s ({result['slowest']:,.1f} to "
         f"{result['fastest']:,.1f} over {over} of {size} films of {trainer.store.size} pixels, {trainer.config.model})"
     )
-    say(f"{flops / 1e9:,.0f} GFLOP/s, {result['flops_share']:.0%} of a matrix product's {rate / 1e9:,.0f}")
+    say(
+        f"{flops / 1e9:,.0f} GFLOP/s of direct convolutions (Winograd's need fewer), {result['flops_share']:.0%} of a "
+        f"matrix product's {rate / 1e9:,.0f}"
+    )
     say(f"input: {result['input_share']:.1%} of the step")
     say(
         f"verdict: {result['verdict']} (input-bound from {INPUT_BOUND_SHARE:.0%} of the step on, else compute-bound "

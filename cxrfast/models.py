@@ -186,10 +186,10 @@ class ChestNet(nn.Module):
         return [*((C, side, side) for C, side in zip(WIDTHS, sides, strict=True)), (self.logits.in_features,)]
 
     def flops_per_image(self, *, training: bool) -> int:
-        """Floating-point operations of convolutions and matrix products for one image (a multiply-add counts two).
+        """Floating-point operations of direct convolutions and matrix products for one image; a multiply-add is two.
 
         Training is the forward pass and two products of the same size for the gradients, except that the first
-        convolution needs no gradient of its input.
+        convolution needs no gradient of its input. Where convolutions are Winograd's the machine does fewer.
         """
         total, side, channels = 0, self.size, 1
         for width in WIDTHS:
