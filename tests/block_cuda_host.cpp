@@ -42,24 +42,13 @@ static void launch_sums(Kernel kernel, int64_t blocks, Args args, int64_t count,
 template <class T>
 static void run(int pass, const HostJob& job) {
   constexpr int n = kWide<T>;
-  const auto divider = [](int64_t d) { return Divider(d > 0 ? d : 1); };
-  const NormArgs args{job.N,
-                      job.H,
-                      job.W,
-                      int(job.C),
-                      job.x,
-                      job.grad,
-                      job.scale,
-                      job.shift,
-                      job.coef,
-                      job.bytes,
-                      int(job.threshold),
-                      float(job.keep_scale),
-                      job.out,
-                      job.place,
-                      nullptr,
-                      divider(job.W / 2),
-                      divider(job.H / 2)};
+  NormJob norm{};
+  norm.N = job.N, norm.H = job.H, norm.W = job.W, norm.C = job.C;
+  norm.x = job.x, norm.grad = job.grad;
+  norm.scale = job.scale, norm.shift = job.shift, norm.coef = job.coef;
+  norm.bytes = job.bytes, norm.threshold = int(job.threshold), norm.keep_scale = float(job.keep_scale);
+  norm.out = job.out, norm.place = job.place;
+  const NormArgs args = norm_args(norm);
   const int64_t pixels = job.N * job.H * job.W, blocks = blocks_for<n>(pixels, job.C, kPixels);
   const int64_t pooled = blocks_for<n>(window_count(args), job.C, kWindows);
   if (pass == 0) launch_sums(sums_kernel<T, false>, blocks, args, 2 * job.C, job.sums);
@@ -79,10 +68,12 @@ static void run(int pass, const HostJob& job) {
   const Divider columns(job.W + 2), rows(job.H + 2);
   cuda_host::launch(unsigned((count + kBlockThreads - 1) / kBlockThreads), kBlockThreads,
                     [=] { pad_image_kernel(static_cast<const float*>(job.image), count, columns, rows, to); });
-  const ImageConvArgs image_args{
-      job.N,   job.H,          job.W,         int(job.C), to,        static_cast<const float*>(job.kernel),
-      job.out, job.x,          job.grad,      job.scale,  job.shift, job.coef,
-      nullptr, divider(job.W), divider(job.H)};
+  ImageConvJob conv{};
+  conv.N = job.N, conv.H = job.H, conv.W = job.W, conv.C = job.C;
+  conv.kernel = static_cast<const float*>(job.kernel), conv.out = job.out;
+  conv.x = job.x, conv.grad = job.grad;
+  conv.scale = job.scale, conv.shift = job.shift, conv.coef = job.coef;
+  const ImageConvArgs image_args = image_conv_args(conv, to);
   const int64_t image_blocks = blocks_for<kFew>(pixels, job.C, kImagePixels);
   if (pass == 7) launch_sums(image_conv_kernel<T>, image_blocks, image_args, 2 * job.C, job.sums);
   if (pass == 8) launch_sums(image_conv_backward_kernel<T>, image_blocks, image_args, 9 * job.C, job.sums);

@@ -1,23 +1,12 @@
 // block_cuda.cu - launches the kernels of block_kernel.cuh as the operators of block_op.cpp on CUDA.
 // Everything runs on the current stream of the tensors' device; nothing waits for it, so that a CUDA graph can capture
 // it.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
+#include "../cuda_stream.h"
 #include "block_kernel.cuh"
 #include "block_op.h"
 
 namespace cxrfast {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // Calls f(T()) with the element type of a map.
 template <class F>
@@ -32,34 +21,18 @@ void dispatch(const Tensor& map, F f) {
   }
 }
 
-void check_pointer(const void* data, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must begin at a multiple of 16 bytes");
+// A job is one that the kernels can do.
+template <class Job>
+void check_job(const Job& job, std::initializer_list<const void*> maps) {
+  STD_TORCH_CHECK(job.C % 8 == 0 && job.C <= kMaxChannels, "channels must be a multiple of 8 up to ", kMaxChannels);
+  STD_TORCH_CHECK(job.N * job.H * job.W <= 0x7FFFFFFF, "the map has too many pixels");
+  for (const void* data : maps)
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, "a map must begin at a multiple of 16 bytes");
 }
 
 NormArgs args_of(const NormJob& job) {
-  STD_TORCH_CHECK(job.C % 8 == 0 && job.C <= kMaxChannels, "channels must be a multiple of 8 up to ", kMaxChannels);
-  STD_TORCH_CHECK(job.N * job.H * job.W <= 0x7FFFFFFF, "the map has too many pixels");
-  for (const void* data : {job.x, job.grad, static_cast<const void*>(job.out), static_cast<const void*>(job.bytes),
-                           static_cast<const void*>(job.place)})
-    check_pointer(data, "a map");
-  const auto at_least_1 = [](int64_t n) { return Divider(n > 0 ? n : 1); };
-  return {job.N,
-          job.H,
-          job.W,
-          int(job.C),
-          job.x,
-          job.grad,
-          job.scale,
-          job.shift,
-          job.coef,
-          job.bytes,
-          job.threshold,
-          job.keep_scale,
-          job.out,
-          job.place,
-          job.partial,
-          at_least_1(job.W / 2),
-          at_least_1(job.H / 2)};
+  check_job(job, {job.x, job.grad, job.out, job.bytes, job.place});
+  return norm_args(job);
 }
 
 // A workspace for the sums of all blocks; `blocks` of them are then added up to `sums`.
@@ -93,18 +66,24 @@ void launch(Kernel kernel, int64_t blocks, const Tensor& like, const Args& args)
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The same for a kernel that leaves sums, `count` of them, and adds those of all blocks up to `sums`.
+template <class Kernel, class Args>
+void launch_sums(Kernel kernel, int64_t blocks, const Tensor& like, Args args, int64_t count, double* sums) {
+  const PartialSums partial(like, blocks, count);
+  args.partial = partial.data();
+  launch(kernel, blocks, like, args);
+  partial.finish(sums);
+}
+
 int64_t pixels_of(const NormJob& job) { return job.N * job.H * job.W; }
 
 void sums_cuda(const Tensor& x, const Tensor& sums) {
   const DeviceGuard guard(x.get_device_index());
-  NormArgs args = args_of(make_job(NormKind::kSums, x, true));
+  const NormJob job = make_job(NormKind::kSums, x, true);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = blocks_for<kWide<T>>(args.N * args.H * args.W, args.C, kPixels);
-    const PartialSums partial(x, blocks, 2 * args.C);
-    args.partial = partial.data();
-    launch(sums_kernel<T, false>, blocks, x, args);
-    partial.finish(sum_values(sums, 2 * args.C));
+    launch_sums(sums_kernel<T, false>, blocks_for<kWide<T>>(pixels_of(job), job.C, kPixels), x, args_of(job), 2 * job.C,
+                sum_values(sums, 2 * job.C));
   });
 }
 
@@ -127,11 +106,8 @@ void relu_backward_sums_cuda(const Tensor& x, const Tensor& grad, const Tensor& 
   set_affine(job, scale, shift);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = blocks_for<kWide<T>>(pixels_of(job), job.C, kPixels);
-    const PartialSums partial(x, blocks, 2 * job.C);
-    job.partial = partial.data();
-    launch(sums_kernel<T, true>, blocks, x, args_of(job));
-    partial.finish(sum_values(sums, 2 * job.C));
+    launch_sums(sums_kernel<T, true>, blocks_for<kWide<T>>(pixels_of(job), job.C, kPixels), x, args_of(job), 2 * job.C,
+                sum_values(sums, 2 * job.C));
   });
 }
 
@@ -166,14 +142,11 @@ void pool_backward_sums_cuda(const Tensor& x, const Tensor& grad, const Tensor& 
   const DeviceGuard guard(x.get_device_index());
   NormJob job = make_job(NormKind::kPoolBackwardSums, x, true);
   set_pool_backward(job, x, grad, place, keep_scale);
-  NormArgs args = args_of(job);
+  const NormArgs args = args_of(job);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = blocks_for<kWide<T>>(window_count(args), args.C, kWindows);
-    const PartialSums partial(x, blocks, 2 * args.C);
-    args.partial = partial.data();
-    launch(pool_backward_sums_kernel<T>, blocks, x, args);
-    partial.finish(sum_values(sums, 2 * args.C));
+    launch_sums(pool_backward_sums_kernel<T>, blocks_for<kWide<T>>(window_count(args), args.C, kWindows), x, args,
+                2 * job.C, sum_values(sums, 2 * job.C));
   });
 }
 
@@ -208,31 +181,14 @@ Tensor padded_image(const ImageConvJob& job, const Tensor& like) {
 
 // Runs all of it; `like` is the map, `sums` how many there are of a channel.
 void run_image_conv(const ImageConvJob& job, const Tensor& like, int sums, double* to) {
-  STD_TORCH_CHECK(job.C % 8 == 0 && job.C <= kMaxChannels, "channels must be a multiple of 8 up to ", kMaxChannels);
-  for (const void* data : {job.x, job.grad, static_cast<const void*>(job.out)}) check_pointer(data, "a map");
+  check_job(job, {job.x, job.grad, job.out});
   const Tensor padded = padded_image(job, like);
-  const int64_t pixels = job.N * job.H * job.W, blocks = blocks_for<kFew>(pixels, job.C, kImagePixels);
-  const PartialSums partial(like, blocks, sums * job.C);
-  const ImageConvArgs args{job.N,
-                           job.H,
-                           job.W,
-                           int(job.C),
-                           static_cast<const float*>(padded.data_ptr()),
-                           job.kernel,
-                           job.out,
-                           job.x,
-                           job.grad,
-                           job.scale,
-                           job.shift,
-                           job.coef,
-                           partial.data(),
-                           Divider(pixels > 0 ? job.W : 1),
-                           Divider(pixels > 0 ? job.H : 1)};
+  const int64_t blocks = blocks_for<kFew>(job.N * job.H * job.W, job.C, kImagePixels);
   dispatch(like, [&](auto element) {
     using T = decltype(element);
-    launch(job.backward ? image_conv_backward_kernel<T> : image_conv_kernel<T>, blocks, like, args);
+    launch_sums(job.backward ? image_conv_backward_kernel<T> : image_conv_kernel<T>, blocks, like,
+                image_conv_args(job, static_cast<const float*>(padded.data_ptr())), sums * job.C, to);
   });
-  partial.finish(to);
 }
 
 void image_conv_cuda(const Tensor& image, const Tensor& kernel, const Tensor& out, const Tensor& sums) {

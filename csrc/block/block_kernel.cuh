@@ -10,6 +10,7 @@
 #pragma once
 
 #include "batch_norm.h"
+#include "image_conv.h"
 #include "norm_kernels.h"
 
 #if defined(__CUDACC__)
@@ -151,6 +152,9 @@ struct Divider {
   CXRFAST_INLINE uint32_t of(uint32_t n) const { return uint32_t(uint64_t(n) * multiplier >> (31 + shift)); }
 };
 
+// By the sides of a map, which may be empty: then nothing is divided.
+inline Divider divider_or_1(int64_t side) { return Divider(side > 0 ? side : 1); }
+
 // ---- who does what ----
 
 // Blocks for `count` pixels (or windows) of C channels: each has `each` of them a thread.
@@ -221,6 +225,15 @@ __device__ inline void add_lanes(SumShared& shared, const Place& at, int C, cons
   to[thread] = sum;
 }
 
+// The two sums of each channel, at this block's place.
+template <int n, class Args>
+__device__ inline void leave_sums(SumShared& shared, const Place& at, const Args& args, const Values<n>& first,
+                                  const Values<n>& second) {
+  double* to = args.partial + int64_t(blockIdx.x) * 2 * args.C;
+  add_lanes(shared, at, args.C, first, to);
+  add_lanes(shared, at, args.C, second, to + args.C);
+}
+
 // ---- the passes ----
 
 // Fields as in NormJob (norm_kernels.h).
@@ -240,6 +253,26 @@ struct NormArgs {
   double* partial;        // (blocks, 2, C)
   Divider columns, rows;  // of the pooled map; 1 where it is empty
 };
+
+inline NormArgs norm_args(const NormJob& job) {
+  return {job.N,
+          job.H,
+          job.W,
+          int(job.C),
+          job.x,
+          job.grad,
+          job.scale,
+          job.shift,
+          job.coef,
+          job.bytes,
+          job.threshold,
+          job.keep_scale,
+          job.out,
+          job.place,
+          job.partial,
+          divider_or_1(job.W / 2),
+          divider_or_1(job.H / 2)};
+}
 
 constexpr int kPixels = 16;  // of a thread
 constexpr int kWindows = 4;  // of a thread, in the passes that pool
@@ -273,9 +306,7 @@ __global__ void __launch_bounds__(kBlockThreads) sums_kernel(NormArgs args) {
           second.v[i] += g * f.x.v[i];
         }
       });
-  double* to = args.partial + int64_t(blockIdx.x) * 2 * args.C;
-  add_lanes(shared, at, args.C, first, to);
-  add_lanes(shared, at, args.C, second, to + args.C);
+  leave_sums(shared, at, args, first, second);
 }
 
 template <class T>
@@ -417,9 +448,7 @@ __global__ void __launch_bounds__(kBlockThreads) pool_backward_sums_kernel(NormA
           second.v[k] += g * value;
         }
       });
-  double* to = args.partial + int64_t(blockIdx.x) * 2 * args.C;
-  add_lanes(shared, at, args.C, first, to);
-  add_lanes(shared, at, args.C, second, to + args.C);
+  leave_sums(shared, at, args, first, second);
 }
 
 template <class T>
@@ -503,6 +532,24 @@ struct ImageConvArgs {
   Divider columns, rows;  // of the image
 };
 
+inline ImageConvArgs image_conv_args(const ImageConvJob& job, const float* padded) {
+  return {job.N,
+          job.H,
+          job.W,
+          int(job.C),
+          padded,
+          job.kernel,
+          job.out,
+          job.x,
+          job.grad,
+          job.scale,
+          job.shift,
+          job.coef,
+          job.partial,
+          divider_or_1(job.W),
+          divider_or_1(job.H)};
+}
+
 constexpr int kFew = 4;           // channels of a thread: it holds nine coefficients or sums for each
 constexpr int kImagePixels = 32;  // of a thread
 
@@ -565,9 +612,7 @@ __global__ void __launch_bounds__(kBlockThreads) image_conv_kernel(ImageConvArgs
           second.v[k] += values.v[k] * values.v[k];
         }
       });
-  double* to = args.partial + int64_t(blockIdx.x) * 2 * args.C;
-  add_lanes(shared, at, args.C, first, to);
-  add_lanes(shared, at, args.C, second, to + args.C);
+  leave_sums(shared, at, args, first, second);
 }
 
 template <class T>

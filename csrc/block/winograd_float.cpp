@@ -398,10 +398,7 @@ void winograd_float_run(const WinogradFloatJob& job, int64_t begin, int64_t end)
 }
 
 int64_t winograd_float_parts(const WinogradFloatJob& job) {
-  const int64_t tiles = tiles_of(job).count(job.N);
-  int64_t parts = 1;  // a power of two, which threads share evenly
-  while (parts < kMaxParts && 2 * parts * kTilesOfPart <= tiles) parts *= 2;
-  return parts;
+  return parts_for(tiles_of(job).count(job.N), kTilesOfPart, kMaxParts);
 }
 
 void winograd_float_weight_grad(const WinogradFloatJob& job, int64_t begin, int64_t end) {

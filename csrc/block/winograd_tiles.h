@@ -163,4 +163,11 @@ CXRFAST_BF16 CXRFAST_INLINE void store_pairs(Line* to, __m512 first, __m512 seco
 }
 #endif
 
+// Parts of at least `each` of `count` things, at most so many: a power of two, which threads share evenly.
+inline int64_t parts_for(int64_t count, int64_t each, int64_t most) {
+  int64_t parts = 1;
+  while (parts < most && 2 * parts * each <= count) parts *= 2;
+  return parts;
+}
+
 }  // namespace cxrfast

@@ -142,10 +142,7 @@ CXRFAST_BF16 void finish_part(const WinogradWeightGradJob& job, const Line* sums
 }  // namespace
 
 int64_t winograd_weight_grad_parts(const WinogradWeightGradJob& job) {
-  const int64_t pairs = pairs_of(job).count(job.N);
-  int64_t parts = 1;  // a power of two, which threads share evenly
-  while (parts < kMaxParts && 2 * parts * kPairsOfPart <= pairs) parts *= 2;
-  return parts;
+  return parts_for(pairs_of(job).count(job.N), kPairsOfPart, kMaxParts);
 }
 
 void winograd_weight_grad_run(const WinogradWeightGradJob& job, int64_t begin, int64_t end) {

@@ -1,27 +1,17 @@
 // bce_auc_cuda.cu - launches the kernels of bce_auc_kernel.cuh and registers them with torch (stable ABI).
 // Everything runs on the current stream of the tensors' device; nothing waits for it, so that a CUDA graph can capture
 // it. Compile with -fmad=false: the bits are those of the CPU (bce_auc_math.h).
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
+#include "../cuda_stream.h"
 #include "bce_auc_kernel.cuh"
 #include "bce_auc_op.h"
 
 namespace cxrfast {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 void launch(const Tensor& logits, BceAucArgs* args) {
   const Tiling tiling = tiling_of(args->N, args->C);
