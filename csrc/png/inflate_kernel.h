@@ -6,55 +6,54 @@
 // Note [a step]
 // A step of one stream is straight-line code: two look-ups in the literal table, one in the distance table, one copy of
 // 16 bytes; every part happens whether it is needed or not, because half-predictable branches cost more than idle work.
-// A literal entry holds up to three literals and perhaps the length behind them. What must not happen is steered by the
-// tables:
-// - after a length, the second look-up is steered (the entry's `next`) to a neutral entry: no bits, no bytes, "a length
-//   is waiting";
-// - without a length, the distance look-up is steered (the entry's `distance`) to a neutral entry: no bits, a harmless
-//   distance; the copy then moves 16 stale bytes to where the next step writes, and the length 0 makes nothing of it.
-// Two branches are left, both rarely taken:
-// - An entry of no bits at the first look-up: a code longer than the index, a length whose extra bits do not fit, a
-//   length above 16, the end of the block. Stream::symbol decides, except that long literals are decoded in place.
+// A literal entry holds up to three literals and perhaps the length behind them. What must not happen:
+// - after a length, the second look-up counts as an empty entry;
+// - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; the copy then moves 16
+//   stale bytes to where the next step writes, and the length 0 makes nothing of it.
+// Three branches are left, all rarely taken:
+// - An empty entry at the first look-up: a code or a length's extra bits that do not fit into the index. There are
+//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the end of the block).
+// - A length above 16: the copy goes on.
 // - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
 //   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true
 //   one, so short that the copy would overlap itself (copy_pattern), or 0 for a code longer than the index:
 //   Stream::match decides.
 //
 // Note [where a stream is]
-// The position is one number, the address in bits, so that a stream needs two registers (position, output) and four
-// streams fit into sixteen. A step takes at most kStepBits and writes at most kStepNbytes; the number of steps that are
-// safe for every stream is computed before them, so the steps themselves check nothing, read inside the input and write
-// inside the output.
+// The position is one number, the address in bits, so that a stream needs few registers. A step takes at most kStepBits
+// and writes at most kStepNbytes; the number of steps that are safe for every stream is computed before them, so the
+// steps themselves check nothing, read inside the input and write inside the output.
 
-// One entry of the literal table, as a little-endian number:
-//   bits 0-23 up to three literals, first lowest   24-31 their count   32-39 bits used, 0: Stream::symbol must look
-//   40-47 length, 0: none   48-55 next: kSteer, or 0 behind a length   56-63 distance: kSteer behind a length, or 0
-// and of the distance table:
-//   bits 0-31 base   32-47 where the extra bits are   48-55 bits used, extra included   56-63 code length
+// One entry of the literal table, as a little-endian number, or 0:
+//   bits 0-7 bits used   8-15 kIndexBits   16-39 up to three literals, first lowest   40-47 none
+//   48-55 count of the literals   56-63 minus the length, 0: none
+// The two entries of a step are added up; so the sign says whether there is a length. Bits 0-15 are what BEXTR takes to
+// find the next index.
 constexpr int kIndexBits = 10;
+constexpr int kLongBits = kMaxCodeBits - kIndexBits;
 constexpr int kDistanceIndexBits = 9;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
-constexpr int kStepBits = 2 * kIndexBits + kDistanceIndexBits + 13;
-static_assert(kStepBits <= 64 - 7, "one load must be enough for a step");
+constexpr size_t kMaxTableLength = 128;
+constexpr int kStepBits = kMaxCodeBits + kIndexBits + kDistanceIndexBits + 13;
+static_assert(kStepBits + kIndexBits <= 64 - 7, "one load must be enough for a step and the next one's index");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
               "what Stream::safe_steps divides by; copy_pattern may write 8 more");
 
-// A steered look-up's index is empty, and it starts kSteer entries lower: at the neutral entry.
-#ifdef CXRFAST_INFLATE_BMI2
-constexpr int kSteer = kIndexBits, kDistanceSteer = kDistanceIndexBits;  // the width of the index as well
-#else
-constexpr int kSteer = 1, kDistanceSteer = 1;
-#endif
+constexpr int kLiteralShift = 16, kCountShift = 48, kMinusLengthShift = 56;
+constexpr uint64_t kLiteralMask = uint64_t{0xFFFFFF} << kLiteralShift;
+constexpr uint64_t kNothing = uint64_t{kIndexBits} << 8;  // no bits, no literal
 
-constexpr int kLiteralCountShift = 24, kBitsShift = 32, kLengthShift = 40, kNextShift = 48, kDistanceShift = 56;
-constexpr uint64_t kLook = uint64_t{kSteer} << kNextShift;  // an entry that leaves everything to Stream::symbol
-constexpr uint64_t kLengthWaits = uint64_t{kDistanceSteer} << kDistanceShift;  // the neutral entry behind a length
+// A distance entry: bits 0-31 base   32-39 code length   40-47 count of the extra bits   48-55 bits used, both
+constexpr int kExtraShift = 32, kDistanceUsedShift = 48;
 // The neutral distance: far enough back that its bytes have left the store queue.
 constexpr uint64_t kNoDistance = 512;
 constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
+
+// Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
+constexpr size_t kLongTables = 96, kLongEntries = size_t{1} << kLongBits;
 
 inline uint64_t load64(const uint8_t* at) {
   uint64_t value;
@@ -155,9 +154,10 @@ constexpr Repeats kRepeat = [] {
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 
 struct Stream {
-  // [0]: neutral; [kSteer + index]. See Note [a step].
-  alignas(64) uint64_t literals[kSteer + (1 << kIndexBits)];
-  alignas(64) uint64_t distances[kDistanceSteer + (1 << kDistanceIndexBits)];
+  // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i begins.
+  alignas(64) uint64_t literals[(1 << kIndexBits) + kLongTables * kLongEntries];
+  alignas(64) uint64_t distances[(1 << kDistanceIndexBits) + 1];  // the last one: neutral
+  alignas(64) uint16_t long_at[1 << kIndexBits];
 
   uint64_t position;    // of the next bit, as an address in bits
   uint8_t* out;         // of the next byte
@@ -202,8 +202,7 @@ struct Stream {
     due = out + (next.segment_nbytes > 0 ? next.segment_nbytes : next.out_nbytes + 1);
     set_out_end(next.out_nbytes);
     adler = 1;
-    literals[0] = kLengthWaits;
-    distances[0] = kNoDistance;
+    distances[1 << kDistanceIndexBits] = kNoDistance;
     last_block = false;
     return next_block();
   }
@@ -372,14 +371,15 @@ struct Stream {
         shortest = std::min(shortest, length);
       }
     }
-    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits_of);
-    fill_known(tables, kIndexBits, shortest, bits_of);
+    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, kNothing, shortest, bits_of);
+    fill_known(tables, kIndexBits, 0, shortest, bits_of);
     const uint64_t* largest = tables + (1 << kIndexBits);
-    uint64_t* table = literals + kSteer;
-    for (uint32_t i = 0; i < 1u << kIndexBits; ++i) table[i] = largest[kReversedIndex[i]];
+    for (uint32_t i = 0; i < 1u << kIndexBits; ++i) literals[i] = largest[kReversedIndex[i]];
+    fill_long();
   }
 
-  void fill_known(uint64_t* tables, int m, int shortest, const uint8_t* bits_of) const {
+  // empty: the entry where no whole symbol is known.
+  void fill_known(uint64_t* tables, int m, uint64_t empty, int shortest, const uint8_t* bits_of) const {
     uint64_t* to = tables + (size_t{1} << m);
     uint64_t* const to_end = to + (size_t{1} << m);
     const uint16_t* symbol = literal_code.symbol;
@@ -390,64 +390,109 @@ struct Stream {
       for (int i = 0; i < literal_code.count[length]; ++i, ++symbol, to += run) {
         if (*symbol < kEndOfBlock) {
           const uint64_t* from = tables + run;
-          const uint64_t front =
-              *symbol + (uint64_t{1} << kLiteralCountShift) + (static_cast<uint64_t>(length) << kBitsShift);
+          const uint64_t front = literal_entry(*symbol, length) - kNothing;
           if (too_many) {
             for (size_t k = 0; k < run; ++k) to[k] = prefixed(without_fourth(from[k], bits_of)) + front;
           } else {
             for (size_t k = 0; k < run; ++k) to[k] = prefixed(from[k]) + front;
           }
         } else {
-          fill_length(to, run, *symbol, length, m);
+          fill_length(to, run, *symbol, length, m, empty);
         }
       }
     }
-    std::fill(to, to_end, kLook);
+    std::fill(to, to_end, empty);
+  }
+
+  static uint64_t literal_entry(uint64_t literal, int bits) {
+    return kNothing + (literal << kLiteralShift) + (uint64_t{1} << kCountShift) + static_cast<uint64_t>(bits);
+  }
+
+  static uint64_t length_entry(size_t length, int bits) {
+    return kNothing + static_cast<uint64_t>(bits) + ((0 - uint64_t{length}) << kMinusLengthShift);
   }
 
   // The entry, or its first two literals if it has three: with one more in front there is room for no other.
   static uint64_t without_fourth(uint64_t entry, const uint8_t* bits_of) {
-    if ((entry >> kLiteralCountShift & 255) < kMaxLiterals) return entry;
-    if ((entry >> kLengthShift & 255) != 0) return kLook;  // how many bits its length had is not known any more
-    return entry - (uint64_t{1} << kLiteralCountShift) - (uint64_t{bits_of[entry >> 16 & 255]} << kBitsShift);
+    if ((entry >> kCountShift & 255) < kMaxLiterals) return entry;
+    if (entry >> kMinusLengthShift != 0) return kNothing;  // how many bits its length had is not known any more
+    const uint64_t last = entry >> (kLiteralShift + 16) & 255;
+    return entry - (uint64_t{1} << kCountShift) - bits_of[last];
   }
 
   // Makes room for one literal in front.
-  static uint64_t prefixed(uint64_t entry) { return (entry & ~uint64_t{0xFFFFFF}) | ((entry << 8) & 0xFFFFFF); }
+  static uint64_t prefixed(uint64_t entry) {
+    return (entry & ~kLiteralMask) | ((entry & kLiteralMask & kLiteralMask >> 8) << 8);
+  }
 
-  static void fill_length(uint64_t* to, size_t run, int symbol, int length, int m) {
+  // The extra bits of a length; more than any table holds for what is not one.
+  static int extra_bits_of(int symbol) {
     const int which = symbol - kFirstLength;
-    const int extra_bits = which >= 0 && which < kLengthSymbols ? kLengthExtra[which] : kIndexBits;
-    if (symbol == kEndOfBlock || length + extra_bits > m) {
-      std::fill(to, to + run, kLook);
+    return which >= 0 && which < kLengthSymbols ? kLengthExtra[which] : kMaxCodeBits;
+  }
+
+  static void fill_length(uint64_t* to, size_t run, int symbol, int length, int m, uint64_t empty) {
+    const int extra_bits = extra_bits_of(symbol);
+    if (length + extra_bits > m) {
+      std::fill(to, to + run, empty);
       return;
     }
     const size_t part = run >> extra_bits;
     for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to += part) {
-      const size_t value = kLengthBase[which] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
-      const uint64_t entry =
-          static_cast<uint64_t>(length + extra_bits) << kBitsShift | uint64_t{value} << kLengthShift | kLengthWaits;
-      std::fill(to, to + part, value <= kMaxCopy ? entry : kLook);
+      const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
+      std::fill(to, to + part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : empty);
+    }
+  }
+
+  // What is known with kLongBits more bits, for the indexes that hold no whole symbol.
+  void fill_long() {
+    std::fill(long_at, long_at + (1 << kIndexBits), uint16_t{1 << kIndexBits});
+    std::fill(literals + (1 << kIndexBits), literals + (1 << kIndexBits) + kLongEntries, 0);
+    size_t next_table = (1 << kIndexBits) + kLongEntries;
+    const auto table_of = [&](uint32_t index) -> uint64_t* {
+      if (long_at[index] == 1 << kIndexBits) {
+        if (next_table == std::size(literals)) return nullptr;
+        std::fill(literals + next_table, literals + next_table + kLongEntries, 0);
+        long_at[index] = static_cast<uint16_t>(next_table);
+        next_table += kLongEntries;
+      }
+      return literals + long_at[index];
+    };
+    const uint16_t* symbol = literal_code.symbol;
+    uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
+    for (int length = 1; length <= kMaxCodeBits; ++length) {
+      for (int i = 0; i < literal_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
+        const bool is_literal = *symbol < kEndOfBlock;
+        const int used = length + (is_literal ? 0 : extra_bits_of(*symbol));
+        if (used <= kIndexBits || used > kMaxCodeBits) continue;
+        // The code fills the index and more; or the index holds some of the extra bits, all values of which are due.
+        const uint32_t code = code_bits(next);  // first bit lowest
+        for (uint32_t extra = 0; extra < 1u << (used - length); ++extra) {
+          const uint32_t bits = code | extra << length;
+          uint64_t* table = table_of(bits % (1u << kIndexBits));
+          if (table == nullptr) return;
+          const size_t value = is_literal ? 0 : kLengthBase[*symbol - kFirstLength] + extra;
+          const uint64_t entry = is_literal                 ? literal_entry(*symbol, length)
+                                 : value <= kMaxTableLength ? length_entry(value, used)
+                                                            : 0;
+          for (uint32_t at = bits >> kIndexBits; at < kLongEntries; at += 1u << (used - kIndexBits)) table[at] = entry;
+        }
+      }
     }
   }
 
   void fill_distances() {
-    uint64_t* table = distances + kDistanceSteer;
-    std::fill(table, table + (1 << kDistanceIndexBits), kAbsurdDistance);
+    std::fill(distances, distances + (1 << kDistanceIndexBits), kAbsurdDistance);
     const uint16_t* symbol = distance_code.symbol;
     uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
     for (int length = 1; length <= kDistanceIndexBits; ++length) {
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
         if (*symbol >= kMaxDynamicDistanceSymbols) continue;
         const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
-#ifdef CXRFAST_INFLATE_BMI2
-        const uint64_t where = extra_bits << 8 | code_length;
-#else
-        const uint64_t where = (uint64_t{1} << extra_bits) - 1;
-#endif
         const uint64_t base = kDistanceBase[*symbol] | (kDistanceBase[*symbol] < kMaxCopy ? kAbsurdDistance : 0);
-        const uint64_t entry = base | where << 32 | (code_length + extra_bits) << 48 | code_length << 56;
-        for (uint32_t at = code_bits(next); at < 1u << kDistanceIndexBits; at += 1u << length) table[at] = entry;
+        const uint64_t entry = base | (extra_bits << 8 | code_length) << kExtraShift |
+                               (code_length + extra_bits) << kDistanceUsedShift;
+        for (uint32_t at = code_bits(next); at < 1u << kDistanceIndexBits; at += 1u << length) distances[at] = entry;
       }
     }
   }
@@ -509,96 +554,6 @@ struct Stopped {
   size_t length;  // kMatch: of the match
 };
 
-// Note [the loads of a step]
-// What a step reads of its tables, byte by byte at base + kOffset + 8 * index: three loads a cycle cost less than the
-// shifts that would take one loaded entry apart. Compilers disagree (they compute the address first, or load once and
-// shift), so on BMI2 these are single instructions by decree, as are the shifts whose count and operand they would copy
-// first.
-#ifdef CXRFAST_INFLATE_BMI2
-
-template <size_t kOffset>
-[[gnu::always_inline]] inline uint64_t load_u8(const void* base, uint64_t index) {
-  uint64_t value;
-  asm("movzbl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
-  return value;
-}
-
-template <size_t kOffset>
-[[gnu::always_inline]] inline uint64_t load_u16(const void* base, uint64_t index) {
-  uint64_t value;
-  asm("movzwl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
-  return value;
-}
-
-template <size_t kOffset>
-[[gnu::always_inline]] inline uint32_t load_u32(const void* base, uint64_t index) {
-  uint32_t value;
-  asm("movl %c3(%1,%2,8), %k0" : "=r"(value) : "r"(base), "r"(index), "i"(kOffset));
-  return value;
-}
-
-template <size_t kOffset>
-[[gnu::always_inline]] inline uint64_t add_u32(uint64_t value, const void* base, uint64_t index) {
-  asm("addl %c3(%1,%2,8), %k0" : "+r"(value) : "r"(base), "r"(index), "i"(kOffset) : "cc");
-  return value;
-}
-
-// The bits at `position`. `three` is 3, in a register.
-[[gnu::always_inline]] inline uint64_t bits_at(uint64_t position, uint64_t three) {
-  struct [[gnu::packed, gnu::may_alias]] Word {
-    uint64_t value;
-  };
-  uint64_t bits;
-  uint64_t address;
-  asm("shrx %1, %2, %0" : "=r"(address) : "r"(three), "r"(position));
-  uint64_t within;  // the intrinsic's count is of 32 bits: compilers would keep a second 3 for it, in memory
-  asm("bzhi %1, %2, %0" : "=r"(within) : "r"(three), "r"(position) : "cc");
-  asm("shrx %1, %2, %0" : "=r"(bits) : "r"(within), "m"(*reinterpret_cast<const Word*>(address)));
-  return bits;
-}
-
-#else
-
-template <size_t kOffset>
-inline uint64_t load_u8(const void* base, uint64_t index) {
-  return static_cast<const uint8_t*>(base)[kOffset + index * 8];
-}
-
-template <size_t kOffset>
-inline uint64_t load_u16(const void* base, uint64_t index) {
-  uint16_t value;
-  std::memcpy(&value, static_cast<const uint8_t*>(base) + kOffset + index * 8, sizeof value);
-  return value;
-}
-
-template <size_t kOffset>
-inline uint32_t load_u32(const void* base, uint64_t index) {
-  uint32_t value;
-  std::memcpy(&value, static_cast<const uint8_t*>(base) + kOffset + index * 8, sizeof value);
-  return value;
-}
-
-template <size_t kOffset>
-inline uint64_t add_u32(uint64_t value, const void* base, uint64_t index) {
-  return value + load_u32<kOffset>(base, index);
-}
-
-inline uint64_t bits_at(uint64_t position, uint64_t) {
-  return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
-}
-
-#endif
-
-// A steered look-up starts `steer` entries up and takes the next kBits bits as its index, or none.
-template <int kBits>
-[[gnu::always_inline]] inline uint64_t steered(uint64_t bits, uint64_t steer) {
-#ifdef CXRFAST_INFLATE_BMI2
-  return _bzhi_u64(bits, static_cast<unsigned>(steer));
-#else
-  return bits & ((1 << kBits) - 1) & (0 - steer);
-#endif
-}
-
 // Copies kMaxCopy bytes (and may write 8 more) whose source reaches into them: the last bytes repeat with the period
 // `distance` <= kMaxCopy.
 [[gnu::always_inline]] inline void copy_pattern(uint8_t* to, uint64_t distance) {
@@ -620,105 +575,103 @@ template <int kBits>
 #endif
 }
 
-// One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
-template <int k>
-[[gnu::always_inline]] inline bool step(const Stream* streams, uint64_t& position, uint8_t*& out, uint64_t three,
-                                        uint64_t index_bits, Stopped& stopped_ret) {
-  constexpr size_t kLiterals = k * sizeof(Stream) + offsetof(Stream, literals);
-  constexpr size_t kDistances = k * sizeof(Stream) + offsetof(Stream, distances);
-  uint64_t bits = bits_at(position, three);
-#ifdef CXRFAST_INFLATE_BMI2
-  const uint64_t a = _bzhi_u64(bits, static_cast<unsigned>(index_bits));
-#else
-  const uint64_t a = bits & ((1 << kIndexBits) - 1);
-  (void)index_bits;
-#endif
-  constexpr size_t kA = kLiterals + kSteer * 8;
-  uint64_t used = load_u8<kA + 4>(streams, a);
-  if (used == 0) [[unlikely]] {
-#ifdef CXRFAST_INFLATE_BMI2
-    // Most of these are literals with long codes; they are not worth a stop.
-    unsigned length = 0;
-    const int symbol = streams[k].literal_code.decode(bits, length);
-    if (static_cast<unsigned>(symbol) < kEndOfBlock) {
-      *out++ = static_cast<uint8_t>(symbol);
-      position += length;
-      return true;
-    }
-#endif
-    stopped_ret = {Stop::kSymbol, k, 0};
+// The match of a step whose source lies before the start of the output: copies it, or false. See Note [a step].
+[[gnu::always_inline]] inline bool copy_near(const Stream& stream, uint8_t* to, uint64_t distance, size_t length) {
+  const uint64_t true_distance = distance % kAbsurdDistance;
+  if (length > kMaxCopy || (length > 0 && (true_distance == 0 || true_distance > kMaxCopy ||
+                                           true_distance > static_cast<uint64_t>(to - stream.out_begin)))) {
     return false;
   }
-  const uint32_t a_literals = load_u32<kA>(streams, a);
-  std::memcpy(out, &a_literals, 4);
-  bits >>= used & 63;
-  uint8_t* to = out + load_u8<kA + 3>(streams, a);
-  uint64_t length = load_u8<kA + 5>(streams, a);
-
-  const uint64_t b_steer = load_u8<kA + 6>(streams, a);
-  const uint64_t* b_from = reinterpret_cast<const uint64_t*>(streams) + b_steer;
-  const uint64_t b = steered<kIndexBits>(bits, b_steer);
-  const uint32_t b_literals = load_u32<kLiterals>(b_from, b);
-  std::memcpy(to, &b_literals, 4);
-  const uint64_t b_used = load_u8<kLiterals + 4>(b_from, b);
-  bits >>= b_used & 63;
-  used += b_used;
-  length += load_u8<kLiterals + 5>(b_from, b);
-  to += load_u8<kLiterals + 3>(b_from, b);
-
-  const uint64_t d_steer = load_u8<kLiterals + 7>(b_from, b);
-  const uint64_t* d_from = reinterpret_cast<const uint64_t*>(streams) + d_steer;
-  const uint64_t d = steered<kDistanceIndexBits>(bits, d_steer);
-  const uint64_t where = load_u16<kDistances + 4>(d_from, d);
-#ifdef CXRFAST_INFLATE_BMI2
-  const uint64_t extra = __bextr_u64(bits, where);
-#else
-  const uint64_t extra = bits >> (load_u8<kDistances + 7>(d_from, d) & 63) & where;
-#endif
-  const uint64_t distance = add_u32<kDistances>(extra, d_from, d);
-  const uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
-  const uint64_t d_used = load_u8<kDistances + 6>(d_from, d);
-  if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(streams[k].out_begin)) [[unlikely]] {
-    const uint64_t true_distance = distance % kAbsurdDistance;
-    if (length > 0) {
-      if (true_distance == 0 || true_distance > static_cast<uint64_t>(to - streams[k].out_begin)) {
-        stopped_ret = {Stop::kMatch, k, length};
-        position += used;
-        out = to;
-        return false;
-      }
-      copy_pattern(to, true_distance);
-    }
-    out = to + length;
-    position += used + d_used;
-    return true;
-  }
-  std::memcpy(to, reinterpret_cast<const uint8_t*>(from), kMaxCopy);
-  out = to + length;
-  position += used + d_used;
+  if (length > 0) copy_pattern(to, true_distance);
   return true;
 }
 
-// Takes up to `steps` > 0 steps of each stream.
+#ifdef CXRFAST_INFLATE_BMI2
+#include "inflate_steps_bmi2.h"
+#else
+
+// One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
+template <int k>
+[[gnu::always_inline]] inline bool step(const Stream& stream, uint64_t& position, uint8_t*& out, uint64_t& steps,
+                                        Stopped& stopped_ret) {
+  uint64_t bits = load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
+  uint64_t entry = stream.literals[bits % (1 << kIndexBits)];
+  if (entry == 0) [[unlikely]] {
+    entry = stream.literals[stream.long_at[bits % (1 << kIndexBits)] + (bits >> kIndexBits) % kLongEntries];
+    if (entry == 0) {
+      stopped_ret = {Stop::kSymbol, k, 0};
+      return false;
+    }
+  }
+  const uint32_t literals = static_cast<uint32_t>(entry >> kLiteralShift);
+  std::memcpy(out, &literals, 4);
+
+  const uint64_t has_length = 0 - (entry >> 63);
+  const uint64_t second = stream.literals[(bits >> (entry & 63)) % (1 << kIndexBits)] & ~has_length;
+  const uint32_t second_literals = static_cast<uint32_t>(second >> kLiteralShift);
+  std::memcpy(out + (entry >> kCountShift & 7), &second_literals, 4);
+  entry += second;
+  bits >>= entry & 63;
+  position += entry & 63;
+  uint8_t* to = out + (entry >> kCountShift & 7);
+  const size_t length = (0 - (entry >> kMinusLengthShift)) & 255;
+
+  const uint64_t any = 0 - (entry >> 63);
+  const uint64_t found = stream.distances[((bits % (1 << kDistanceIndexBits)) & any) | (~any & 1 << kDistanceIndexBits)];
+  const uint64_t extra_bits = found >> (kExtraShift + 8) & 15;
+  const uint64_t extra = bits >> (found >> kExtraShift & 15) & ((uint64_t{1} << extra_bits) - 1);
+  const uint64_t distance = static_cast<uint32_t>(found) + extra;
+  const uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
+  if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
+    if (!copy_near(stream, to, distance, length)) {
+      out = to;
+      stopped_ret = {Stop::kMatch, k, length};
+      return false;
+    }
+  } else if (length > kMaxCopy) [[unlikely]] {
+    if (to + length + 32 * steps > stream.out_end) {
+      out = to;
+      stopped_ret = {Stop::kMatch, k, length};
+      return false;
+    }
+    for (size_t i = 0; i < length; i += kMaxCopy) {
+      std::memcpy(to + i, reinterpret_cast<const uint8_t*>(from) + i, kMaxCopy);
+    }
+  } else {
+    std::memcpy(to, reinterpret_cast<const uint8_t*>(from), kMaxCopy);
+  }
+  out = to + length;
+  position += found >> kDistanceUsedShift & 63;
+  return true;
+}
+
+struct Lanes {
+  Stream streams[kInflateStreams];
+};
+
 template <size_t... k>
 [[gnu::noinline]] Stopped take_steps(Stream* streams, uint64_t steps, std::index_sequence<k...>) {
   uint64_t position[] = {streams[k].position...};
   uint8_t* out[] = {streams[k].out...};
   Stopped stopped = {Stop::kSteps, 0, 0};
-  uint64_t three = 3, index_bits = kIndexBits;
-#ifdef CXRFAST_INFLATE_BMI2
-  // Known to be constants, they would become copies and masks again.
-  asm("" : "+r"(three), "+r"(index_bits));
-#endif
-  while ((step<k>(streams, position[k], out[k], three, index_bits, stopped) && ...) && --steps > 0) {
+  while ((step<k>(streams[k], position[k], out[k], steps, stopped) && ...) && --steps > 0) {
   }
   ((streams[k].position = position[k], streams[k].out = out[k]), ...);
   return stopped;
 }
 
+// Takes up to `steps` > 0 steps of each of the first K streams.
+template <int K>
+Stopped take_steps(Lanes& lanes, uint64_t steps) {
+  return take_steps(lanes.streams, steps, std::make_index_sequence<K>());
+}
+
+#endif
+
 // Runs K streams together until one of them ends; returns its number.
 template <int K>
-int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
+int run_until_one_ends(Lanes& lanes, Outcome& outcome_ret) {
+  Stream* const streams = lanes.streams;
   for (;;) {
     uint64_t steps = streams[0].safe_steps();
     int shortest = 0;
@@ -730,7 +683,7 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
       }
     }
     Stopped stopped = {Stop::kSymbol, shortest, 0};
-    if (steps > 0) stopped = take_steps(streams, steps, std::make_index_sequence<K>());
+    if (steps > 0) stopped = take_steps<K>(lanes, steps);
     bool moved = false;
     for (int k = 0; k < K; ++k) {
       if (streams[k].out < streams[k].due) continue;
@@ -753,14 +706,15 @@ int run_until_one_ends(Stream* streams, Outcome& outcome_ret) {
 }
 
 template <size_t... k>
-int run_until_one_ends(Stream* streams, int running, Outcome& outcome_ret, std::index_sequence<k...>) {
+int run_until_one_ends(Lanes& lanes, int running, Outcome& outcome_ret, std::index_sequence<k...>) {
   int ended = 0;
-  ((running == k + 1 ? void(ended = run_until_one_ends<k + 1>(streams, outcome_ret)) : void()), ...);
+  ((running == k + 1 ? void(ended = run_until_one_ends<k + 1>(lanes, outcome_ret)) : void()), ...);
   return ended;
 }
 
 void run_streams(InflateFeed& feed) {
-  Stream streams[kInflateStreams];
+  Lanes lanes;
+  Stream* const streams = lanes.streams;
   int running = 0;
   bool more = true;
   const auto end_job = [&feed](InflateJob& job, Outcome outcome) {
@@ -788,7 +742,7 @@ void run_streams(InflateFeed& feed) {
     }
     if (running == 0) return;
     Outcome outcome = Outcome::kContinue;
-    const int ended = run_until_one_ends(streams, running, outcome, std::make_index_sequence<kInflateStreams>());
+    const int ended = run_until_one_ends(lanes, running, outcome, std::make_index_sequence<kInflateStreams>());
     InflateJob& job = *streams[ended].job;
     if (outcome == Outcome::kFinished) streams[ended].hand_over_rest();
     --running;
