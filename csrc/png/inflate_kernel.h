@@ -8,16 +8,18 @@
 // 16 bytes; every part happens whether it is needed or not, because half-predictable branches cost more than idle work.
 // A literal entry holds up to three literals and perhaps the length behind them. What must not happen:
 // - after a length, the second look-up counts as an empty entry;
-// - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; the copy then moves 16
+// - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; the copy then moves
+// 16
 //   stale bytes to where the next step writes, and the length 0 makes nothing of it.
 // Three branches are left, all rarely taken:
 // - An empty entry at the first look-up: a code or a length's extra bits that do not fit into the index. There are
-//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the end of the block).
+//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the end of the
+//   block).
 // - A length above 16: the copy goes on.
 // - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
 //   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true
-//   one, so short that the copy would overlap itself (copy_pattern), or 0 for a code longer than the index:
-//   Stream::match decides.
+//   one, so short that the copy would overlap itself (copy_pattern), or 0 for a code longer than the index: there are
+//   tables for kLongDistanceBits more; Stream::match decides the rest.
 //
 // Note [where a stream is]
 // The position is one number, the address in bits, so that a stream needs few registers. A step takes at most kStepBits
@@ -31,11 +33,11 @@
 // find the next index.
 constexpr int kIndexBits = 10;
 constexpr int kLongBits = kMaxCodeBits - kIndexBits;
-constexpr int kDistanceIndexBits = 9;
+constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 1;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
 constexpr size_t kMaxTableLength = 128;
-constexpr int kStepBits = kMaxCodeBits + kIndexBits + kDistanceIndexBits + 13;
+constexpr int kStepBits = kMaxCodeBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits + kIndexBits <= 64 - 7, "one load must be enough for a step and the next one's index");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
@@ -47,6 +49,7 @@ constexpr uint64_t kNothing = uint64_t{kIndexBits} << 8;  // no bits, no literal
 
 // A distance entry: bits 0-31 base   32-39 code length   40-47 count of the extra bits   48-55 bits used, both
 constexpr int kExtraShift = 32, kDistanceUsedShift = 48;
+constexpr size_t kNeutral = 1 << kDistanceIndexBits;
 // The neutral distance: far enough back that its bytes have left the store queue.
 constexpr uint64_t kNoDistance = 512;
 constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
@@ -80,38 +83,39 @@ struct CanonicalCode {
   alignas(32) int16_t last[kMaxCodeBits + 1];
   uint16_t count[kMaxCodeBits + 1];  // [l]: codes of l bits; [0] = 0
   int32_t shift_to_index[kMaxCodeBits + 1];
-  uint16_t symbol[kLiteralSymbols];  // in the order of their codes
+  uint16_t symbol[2 * kLiteralSymbols];  // in the order of their codes; behind them those that have none
 
   // False for a set that the careful decoder must look at: over-subscribed, or incomplete unless it is one code of one
   // bit or none.
   bool build(const uint8_t* bits, int symbols) {
-    uint16_t counts[2][kMaxCodeBits + 1] = {};
-    int s = 0;
-    for (; s + 1 < symbols; s += 2) {
-      ++counts[0][bits[s]];
-      ++counts[1][bits[s + 1]];
-    }
-    if (s < symbols) ++counts[0][bits[s]];
-    uint16_t first[kMaxCodeBits + 1];
+    // Counters of their own for each quarter of the symbols: a counter that was just written is slow to read.
+    constexpr int kParts = 4;
+    const int part = symbols / kParts;
+    uint16_t counts[kParts][kMaxCodeBits + 1] = {};
+    const auto each_symbol = [&](auto count_one) {
+      for (int s = 0; s < part; ++s) {
+        for (int p = 0; p < kParts; ++p) count_one(p, p * part + s);
+      }
+      for (int s = kParts * part; s < symbols; ++s) count_one(kParts - 1, s);
+    };
+    each_symbol([&](int p, int s) { ++counts[p][bits[s]]; });
     uint32_t code = 0;
-    uint16_t index = 0;
+    uint16_t index = 0, unused = kLiteralSymbols;
     last[0] = INT16_MAX;
     count[0] = 0;
     shift_to_index[0] = 0;
+    for (int p = 0; p < kParts; ++p) unused = static_cast<uint16_t>(unused + std::exchange(counts[p][0], unused));
     for (int length = 1; length <= kMaxCodeBits; ++length) {
-      count[length] = static_cast<uint16_t>(counts[0][length] + counts[1][length]);
-      first[length] = index;
       shift_to_index[length] = index - static_cast<int32_t>(code >> (kMaxCodeBits - length));
+      const uint16_t before = index;
+      for (int p = 0; p < kParts; ++p) index = static_cast<uint16_t>(index + std::exchange(counts[p][length], index));
+      count[length] = static_cast<uint16_t>(index - before);
       code += uint32_t{count[length]} << (kMaxCodeBits - length);
       if (code > 1u << kMaxCodeBits) return false;
       last[length] = static_cast<int16_t>(code - 1);
-      index = static_cast<uint16_t>(index + count[length]);
     }
     if (code != 1u << kMaxCodeBits && !(index == 0 || (index == 1 && count[1] == 1))) return false;
-    first[0] = kLiteralSymbols;  // unused
-    for (s = 0; s < symbols; ++s) {
-      if (bits[s] != 0) symbol[first[bits[s]]++] = static_cast<uint16_t>(s);
-    }
+    each_symbol([&](int p, int s) { symbol[counts[p][bits[s]]++] = static_cast<uint16_t>(s); });
     return true;
   }
 
@@ -152,12 +156,16 @@ constexpr Repeats kRepeat = [] {
 #endif
 
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
+constexpr auto kReversedLong = reversed_bits<kLongBits>();
 
 struct Stream {
-  // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i begins.
+  // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i
+  // begins.
   alignas(64) uint64_t literals[(1 << kIndexBits) + kLongTables * kLongEntries];
-  alignas(64) uint64_t distances[(1 << kDistanceIndexBits) + 1];  // the last one: neutral
+  // [kNeutral]: neutral. Behind it the long tables, the first of them for the indexes that have none.
+  alignas(64) uint64_t distances[kNeutral + 1 + (1 << kLongDistanceBits) * (1 + (1 << kDistanceIndexBits))];
   alignas(64) uint16_t long_at[1 << kIndexBits];
+  alignas(64) uint16_t long_distance_at[1 << kDistanceIndexBits];
 
   uint64_t position;    // of the next bit, as an address in bits
   uint8_t* out;         // of the next byte
@@ -202,7 +210,7 @@ struct Stream {
     due = out + (next.segment_nbytes > 0 ? next.segment_nbytes : next.out_nbytes + 1);
     set_out_end(next.out_nbytes);
     adler = 1;
-    distances[1 << kDistanceIndexBits] = kNoDistance;
+    distances[kNeutral] = kNoDistance;
     last_block = false;
     return next_block();
   }
@@ -313,20 +321,26 @@ struct Stream {
     const int total = literal_count + distance_count;
     for (int i = 0; i < total;) {
       if (position > end) return false;
-      const uint64_t sent = peek();
-      const int symbol = symbol_of[sent & 127], used = bits_of[sent & 127];
-      if (symbol < 16) {
-        bits[i++] = static_cast<uint8_t>(symbol);
-        position += static_cast<uint64_t>(used);
-        continue;
+      // One load holds four of them: 7 bits each, and 7 extra.
+      uint64_t sent = peek();
+      unsigned taken = 0;
+      for (int k = 0; k < 4 && i < total; ++k) {
+        const int symbol = symbol_of[sent & 127];
+        unsigned used = bits_of[sent & 127];
+        if (symbol < 16) {
+          bits[i++] = static_cast<uint8_t>(symbol);
+        } else {
+          const unsigned extra_bits = symbol == 16 ? 2 : symbol == 17 ? 3 : 7;
+          const int repeat = (symbol == 18 ? 11 : 3) + static_cast<int>(low_bits(sent >> used, extra_bits));
+          if (repeat > total - i || (symbol == 16 && i == 0)) return false;
+          std::memset(bits + i, symbol == 16 ? bits[i - 1] : 0, static_cast<size_t>(repeat));
+          i += repeat;
+          used += extra_bits;
+        }
+        sent >>= used;
+        taken += used;
       }
-      const int extra_bits = symbol == 16 ? 2 : symbol == 17 ? 3 : 7;
-      const int repeat =
-          (symbol == 18 ? 11 : 3) + static_cast<int>(low_bits(sent >> used, static_cast<unsigned>(extra_bits)));
-      if (repeat > total - i || (symbol == 16 && i == 0)) return false;
-      std::memset(bits + i, symbol == 16 ? bits[i - 1] : 0, static_cast<size_t>(repeat));
-      i += repeat;
-      position += static_cast<uint64_t>(used + extra_bits);
+      position += taken;
     }
     if (position > end || bits[kEndOfBlock] == 0 || !literal_code.build(bits, literal_count) ||
         !distance_code.build(bits + literal_count, distance_count)) {
@@ -361,21 +375,35 @@ struct Stream {
   // lowest first.
   void fill_literals() {
     alignas(64) uint64_t tables[2 << kIndexBits];  // known[m] at 2^m
-    uint8_t bits_of[kEndOfBlock];                  // only of literals with codes within the index
-    int shortest = kIndexBits;
-    const uint16_t* symbol = literal_code.symbol;
-    for (int length = 1; length <= kIndexBits; ++length) {
-      for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
-        if (*symbol >= kEndOfBlock) continue;
-        bits_of[*symbol] = static_cast<uint8_t>(length);
-        shortest = std::min(shortest, length);
+    int shortest = 1;
+    while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
+    uint8_t bits_of[kEndOfBlock];  // only of literals with codes within the index, and where more might fit than into
+                                   // an entry
+    if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
+      const uint16_t* symbol = literal_code.symbol;
+      for (int length = 1; length <= kIndexBits; ++length) {
+        for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
+          if (*symbol < kEndOfBlock) bits_of[*symbol] = static_cast<uint8_t>(length);
+        }
       }
     }
     for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, kNothing, shortest, bits_of);
     fill_known(tables, kIndexBits, 0, shortest, bits_of);
-    const uint64_t* largest = tables + (1 << kIndexBits);
-    for (uint32_t i = 0; i < 1u << kIndexBits; ++i) literals[i] = largest[kReversedIndex[i]];
+    reverse_index(tables + (1 << kIndexBits));
     fill_long();
+  }
+
+  // The table for indexes whose first bit is the lowest. Of an index abc (2, 6 and 2 bits), b reversed is one of 64
+  // places and a and c are row and column of a matrix of 4 x 4, which is transposed.
+  void reverse_index(const uint64_t* from) {
+    constexpr int kOrder[] = {0, 2, 1, 3};  // two bits reversed
+    constexpr size_t kRow = size_t{1} << (kIndexBits - 2);
+    for (size_t b = 0; b < kRow / 4; ++b) {
+      uint64_t* to = literals + kReversedIndex[b * 4];
+      for (int c = 0; c < 4; ++c) {
+        for (int a = 0; a < 4; ++a) to[kOrder[c] * kRow + a] = from[kOrder[a] * kRow + b * 4 + c];
+      }
+    }
   }
 
   // empty: the entry where no whole symbol is known.
@@ -383,25 +411,44 @@ struct Stream {
     uint64_t* to = tables + (size_t{1} << m);
     uint64_t* const to_end = to + (size_t{1} << m);
     const uint16_t* symbol = literal_code.symbol;
-    const bool too_many =
-        shortest * (kMaxLiterals + 1) <= m;  // more literals might fit into the bits than into an entry
+    const bool too_many = shortest * (kMaxLiterals + 1) <= m;
     for (int length = 1; length <= m; ++length) {
       const size_t run = size_t{1} << (m - length);
-      for (int i = 0; i < literal_code.count[length]; ++i, ++symbol, to += run) {
-        if (*symbol < kEndOfBlock) {
-          const uint64_t* from = tables + run;
+      const uint64_t* from = tables + run;
+      const uint16_t* const group_end = symbol + literal_code.count[length];
+      const uint16_t* const literals_end = std::lower_bound(symbol, group_end, uint16_t{kEndOfBlock});
+      if (too_many) {
+        for (; symbol < literals_end; ++symbol, to += run) {
           const uint64_t front = literal_entry(*symbol, length) - kNothing;
-          if (too_many) {
-            for (size_t k = 0; k < run; ++k) to[k] = prefixed(without_fourth(from[k], bits_of)) + front;
-          } else {
-            for (size_t k = 0; k < run; ++k) to[k] = prefixed(from[k]) + front;
-          }
-        } else {
-          fill_length(to, run, *symbol, length, m, empty);
+          for (size_t k = 0; k < run; ++k) to[k] = prefixed(without_fourth(from[k], bits_of)) + front;
         }
+      } else if (run == 1) {
+        to = fill_runs<1>(to, from, symbol, literals_end, length);
+      } else if (run == 2) {
+        to = fill_runs<2>(to, from, symbol, literals_end, length);
+      } else if (run == 4) {
+        to = fill_runs<4>(to, from, symbol, literals_end, length);
+      } else {
+        for (size_t k = 0; k < run; k += 8) fill_runs<8>(to + k, from + k, symbol, literals_end, length, run);
+        to += run * static_cast<size_t>(literals_end - symbol);
       }
+      for (symbol = literals_end; symbol < group_end; ++symbol, to += run)
+        fill_length(to, run, *symbol, length, m, empty);
     }
     std::fill(to, to_end, empty);
+  }
+
+  // kRun entries of each literal, what `from` knows behind it, and `stride` entries on those of the next literal.
+  template <size_t kRun>
+  static uint64_t* fill_runs(uint64_t* to, const uint64_t* from, const uint16_t* symbol, const uint16_t* symbol_end,
+                             int length, size_t stride = kRun) {
+    uint64_t behind[kRun];
+    for (size_t k = 0; k < kRun; ++k) behind[k] = prefixed(from[k]);
+    for (; symbol < symbol_end; ++symbol, to += stride) {
+      const uint64_t front = literal_entry(*symbol, length) - kNothing;
+      for (size_t k = 0; k < kRun; ++k) to[k] = behind[k] + front;
+    }
+    return to;
   }
 
   static uint64_t literal_entry(uint64_t literal, int bits) {
@@ -433,66 +480,101 @@ struct Stream {
 
   static void fill_length(uint64_t* to, size_t run, int symbol, int length, int m, uint64_t empty) {
     const int extra_bits = extra_bits_of(symbol);
-    if (length + extra_bits > m) {
-      std::fill(to, to + run, empty);
-      return;
-    }
+    if (length + extra_bits > m) return fill_run(to, run, empty);
     const size_t part = run >> extra_bits;
     for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to += part) {
       const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
-      std::fill(to, to + part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : empty);
+      fill_run(to, part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : empty);
     }
   }
 
-  // What is known with kLongBits more bits, for the indexes that hold no whole symbol.
-  void fill_long() {
-    std::fill(long_at, long_at + (1 << kIndexBits), uint16_t{1 << kIndexBits});
-    std::fill(literals + (1 << kIndexBits), literals + (1 << kIndexBits) + kLongEntries, 0);
-    size_t next_table = (1 << kIndexBits) + kLongEntries;
-    const auto table_of = [&](uint32_t index) -> uint64_t* {
-      if (long_at[index] == 1 << kIndexBits) {
-        if (next_table == std::size(literals)) return nullptr;
-        std::fill(literals + next_table, literals + next_table + kLongEntries, 0);
-        long_at[index] = static_cast<uint16_t>(next_table);
-        next_table += kLongEntries;
+  // run: a power of two. Most are short, so that std::fill would cost more than it stores.
+  [[gnu::always_inline]] static void fill_run(uint64_t* to, size_t run, uint64_t entry) {
+    if (run < 8) {
+      for (size_t k = 0; k < run; ++k) {
+        to[k] = entry;
+        asm("" ::: "memory");  // not as a vector loop
       }
-      return literals + long_at[index];
+      return;
+    }
+    for (size_t k = 0; k < run; k += 8) {
+      for (size_t j = 0; j < 8; ++j) to[k + j] = entry;
+    }
+  }
+
+  // What is known with kLongBits more bits, for the indexes that hold no whole symbol. In these tables the first bit is
+  // the highest (kReversedLong), so that a symbol's entries lie side by side, those of a short code in several tables.
+  void fill_long() {
+    constexpr uint16_t kFirstTable = 1 << kIndexBits;
+    std::fill(long_at, long_at + kFirstTable, kFirstTable);
+    std::fill(literals + kFirstTable, literals + kFirstTable + kLongEntries, 0);
+    size_t next_table = kFirstTable + kLongEntries;
+    // Tables for the codes from `first` to before `behind`, of kMaxCodeBits bits, as far as there is room.
+    const auto add_tables = [&](uint32_t first, uint32_t behind) {
+      uint64_t* const begin = literals + next_table;
+      for (; first < behind && next_table < std::size(literals); first += kLongEntries, next_table += kLongEntries) {
+        long_at[kReversedIndex[first >> kLongBits]] = static_cast<uint16_t>(next_table);
+      }
+      return begin;
     };
     const uint16_t* symbol = literal_code.symbol;
-    uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
-    for (int length = 1; length <= kMaxCodeBits; ++length) {
-      for (int i = 0; i < literal_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
-        const bool is_literal = *symbol < kEndOfBlock;
-        const int used = length + (is_literal ? 0 : extra_bits_of(*symbol));
+    uint32_t code = 0;
+    for (int length = 1; length <= kIndexBits; ++length) {
+      const uint32_t step = 1u << (kMaxCodeBits - length);
+      const uint16_t* const group_end = symbol + literal_code.count[length];
+      const uint16_t* const literals_end = std::lower_bound(symbol, group_end, uint16_t{kFirstLength});
+      code += step * static_cast<uint32_t>(literals_end - symbol);
+      for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
+        const int used = length + extra_bits_of(*symbol);
         if (used <= kIndexBits || used > kMaxCodeBits) continue;
-        // The code fills the index and more; or the index holds some of the extra bits, all values of which are due.
-        const uint32_t code = code_bits(next);  // first bit lowest
-        for (uint32_t extra = 0; extra < 1u << (used - length); ++extra) {
-          const uint32_t bits = code | extra << length;
-          uint64_t* table = table_of(bits % (1u << kIndexBits));
-          if (table == nullptr) return;
-          const size_t value = is_literal ? 0 : kLengthBase[*symbol - kFirstLength] + extra;
-          const uint64_t entry = is_literal                 ? literal_entry(*symbol, length)
-                                 : value <= kMaxTableLength ? length_entry(value, used)
-                                                            : 0;
-          for (uint32_t at = bits >> kIndexBits; at < kLongEntries; at += 1u << (used - kIndexBits)) table[at] = entry;
+        if (step > std::size(literals) - next_table) continue;
+        fill_length(add_tables(code, code + step), step, *symbol, length, kMaxCodeBits, 0);
+      }
+    }
+    uint64_t* to = add_tables(code, 1u << kMaxCodeBits);
+    uint64_t* const to_end = literals + next_table;
+    for (int length = kIndexBits + 1; length <= kMaxCodeBits; ++length) {
+      const size_t run = size_t{1} << (kMaxCodeBits - length);
+      for (int i = 0; i < literal_code.count[length] && to < to_end; ++i, ++symbol, to += run) {
+        if (*symbol < kEndOfBlock) {
+          fill_run(to, run, literal_entry(*symbol, length));
+        } else {
+          fill_length(to, run, *symbol, length, kMaxCodeBits, 0);
         }
       }
     }
+    std::fill(to, to_end, 0);
   }
 
   void fill_distances() {
-    std::fill(distances, distances + (1 << kDistanceIndexBits), kAbsurdDistance);
+    constexpr uint32_t kIndexes = 1 << kDistanceIndexBits, kLong = 1 << kLongDistanceBits;
+    std::fill(distances, distances + kIndexes, kAbsurdDistance);
+    std::fill(distances + kNeutral + 1, distances + kNeutral + 1 + kLong, kAbsurdDistance);
+    std::fill(long_distance_at, long_distance_at + kIndexes, static_cast<uint16_t>(kNeutral + 1));
+    size_t next_table = kNeutral + 1 + kLong;
     const uint16_t* symbol = distance_code.symbol;
     uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
-    for (int length = 1; length <= kDistanceIndexBits; ++length) {
+    for (int length = 1; length <= kDistanceIndexBits + kLongDistanceBits; ++length) {
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
         if (*symbol >= kMaxDynamicDistanceSymbols) continue;
         const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
         const uint64_t base = kDistanceBase[*symbol] | (kDistanceBase[*symbol] < kMaxCopy ? kAbsurdDistance : 0);
-        const uint64_t entry = base | (extra_bits << 8 | code_length) << kExtraShift |
-                               (code_length + extra_bits) << kDistanceUsedShift;
-        for (uint32_t at = code_bits(next); at < 1u << kDistanceIndexBits; at += 1u << length) distances[at] = entry;
+        const uint64_t entry =
+            base | (extra_bits << 8 | code_length) << kExtraShift | (code_length + extra_bits) << kDistanceUsedShift;
+        const uint32_t code = code_bits(next);  // first bit lowest
+        if (length <= kDistanceIndexBits) {
+          for (uint32_t at = code; at < kIndexes; at += 1u << length) distances[at] = entry;
+          continue;
+        }
+        uint16_t& table_at = long_distance_at[code % kIndexes];
+        if (table_at == kNeutral + 1) {
+          table_at = static_cast<uint16_t>(next_table);
+          std::fill(distances + next_table, distances + next_table + kLong, kAbsurdDistance);
+          next_table += kLong;
+        }
+        for (uint32_t at = code / kIndexes; at < kLong; at += 1u << (length - kDistanceIndexBits)) {
+          distances[table_at + at] = entry;
+        }
       }
     }
   }
@@ -597,7 +679,8 @@ template <int k>
   uint64_t bits = load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
   uint64_t entry = stream.literals[bits % (1 << kIndexBits)];
   if (entry == 0) [[unlikely]] {
-    entry = stream.literals[stream.long_at[bits % (1 << kIndexBits)] + (bits >> kIndexBits) % kLongEntries];
+    entry =
+        stream.literals[stream.long_at[bits % (1 << kIndexBits)] + kReversedLong[(bits >> kIndexBits) % kLongEntries]];
     if (entry == 0) {
       stopped_ret = {Stop::kSymbol, k, 0};
       return false;
@@ -617,7 +700,11 @@ template <int k>
   const size_t length = (0 - (entry >> kMinusLengthShift)) & 255;
 
   const uint64_t any = 0 - (entry >> 63);
-  const uint64_t found = stream.distances[((bits % (1 << kDistanceIndexBits)) & any) | (~any & 1 << kDistanceIndexBits)];
+  uint64_t found = stream.distances[((bits % (1 << kDistanceIndexBits)) & any) | (~any & kNeutral)];
+  if (found == kAbsurdDistance) [[unlikely]] {
+    found = stream.distances[stream.long_distance_at[bits % (1 << kDistanceIndexBits)] +
+                             (bits >> kDistanceIndexBits) % (1 << kLongDistanceBits)];
+  }
   const uint64_t extra_bits = found >> (kExtraShift + 8) & 15;
   const uint64_t extra = bits >> (found >> kExtraShift & 15) & ((uint64_t{1} << extra_bits) - 1);
   const uint64_t distance = static_cast<uint32_t>(found) + extra;
@@ -715,8 +802,6 @@ int run_until_one_ends(Lanes& lanes, int running, Outcome& outcome_ret, std::ind
 void run_streams(InflateFeed& feed) {
   Lanes lanes;
   Stream* const streams = lanes.streams;
-  int running = 0;
-  bool more = true;
   const auto end_job = [&feed](InflateJob& job, Outcome outcome) {
     if (outcome == Outcome::kFinished) {
       job.status = Status{};
@@ -725,28 +810,26 @@ void run_streams(InflateFeed& feed) {
     }
     feed.finished(job);
   };
-  for (;;) {
-    while (more && running < kInflateStreams) {
-      InflateJob* job = feed.next();
-      if (job == nullptr) {
-        more = false;
-        break;
-      }
-      const Outcome outcome = streams[running].start(*job, feed);
-      if (outcome == Outcome::kContinue) {
-        ++running;
-      } else {
-        if (outcome == Outcome::kFinished) streams[running].hand_over_rest();
-        end_job(*job, outcome);
-      }
+  // Starts streams[k] with the first job that does not end at once; false where there are no more jobs.
+  const auto start = [&](int k) {
+    while (InflateJob* job = feed.next()) {
+      const Outcome outcome = streams[k].start(*job, feed);
+      if (outcome == Outcome::kContinue) return true;
+      if (outcome == Outcome::kFinished) streams[k].hand_over_rest();
+      end_job(*job, outcome);
     }
-    if (running == 0) return;
+    return false;
+  };
+  bool more = true;
+  int running = 0;
+  while (running < kInflateStreams && (more = more && start(running))) ++running;
+  while (running > 0) {
     Outcome outcome = Outcome::kContinue;
     const int ended = run_until_one_ends(lanes, running, outcome, std::make_index_sequence<kInflateStreams>());
     InflateJob& job = *streams[ended].job;
     if (outcome == Outcome::kFinished) streams[ended].hand_over_rest();
-    --running;
-    if (ended != running) streams[ended] = streams[running];
     end_job(job, outcome);
+    more = more && start(ended);
+    if (!more && ended != --running) streams[ended] = streams[running];
   }
 }
