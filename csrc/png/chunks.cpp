@@ -239,8 +239,8 @@ Status join_idat(const uint8_t* file, const Chunks& chunks, Isa isa, uint8_t* ou
   size_t offset = chunks.idat_offset;
   for (size_t i = 0; i < chunks.idat_count; ++i) {
     const Chunk chunk{offset, kIdat, big32(file + offset), file + offset + 8};
-    if (!crc_matches(chunk, isa)) return corrupt(reason::kCrcIdat, offset);
-    std::memcpy(out, chunk.data, chunk.nbytes);  // behind the CRC: the bytes are in the cache now
+    const uint32_t crc = crc32_and_copy(crc32(0, chunk.data - 4, 4, isa), chunk.data, chunk.nbytes, out, isa);
+    if (crc != big32(chunk.data + chunk.nbytes)) return corrupt(reason::kCrcIdat, offset);
     out += chunk.nbytes;
     offset = chunk.end();
   }

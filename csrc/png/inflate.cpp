@@ -32,7 +32,7 @@ void inflate_zlib(InflateFeed& feed, Isa isa) {
     return;
   }
 #ifdef CXRFAST_INFLATE_AVX2
-  if (isa != Isa::kPortable) return inflate_avx2(feed);
+  if (isa != Isa::kPortable) return inflate_avx2(feed, isa);
 #endif
   (void)isa;
   inflate_portable(feed);

@@ -25,12 +25,11 @@
 namespace cxrfast::png {
 namespace {
 
-constexpr Isa kIsa = Isa::kAvx2;
 #include "inflate_kernel.h"
 
 }  // namespace
 
-void inflate_avx2(InflateFeed& feed) { run_streams(feed); }
+void inflate_avx2(InflateFeed& feed, Isa isa) { run_streams(feed, isa); }
 
 }  // namespace cxrfast::png
 

@@ -177,6 +177,7 @@ struct Stream {
   uint8_t* summed;      // up to here the checksum holds
   uint32_t adler;
   bool last_block;
+  Isa isa;  // of the checksum
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
@@ -194,9 +195,10 @@ struct Stream {
     return position >= end ? 0 : std::min<uint64_t>((end - position) >> 6, static_cast<uint64_t>(out_end - out) >> 5);
   }
 
-  Outcome start(InflateJob& next, InflateFeed& from) {
+  Outcome start(InflateJob& next, InflateFeed& from, Isa level) {
     job = &next;
     feed = &from;
+    isa = level;
     if (next.in_nbytes < kZlibHeaderNbytes + kZlibTrailerNbytes || next.out_nbytes >= kMaxFastNbytes)
       return Outcome::kFailed;
     const unsigned method_and_window = next.in[0], flags = next.in[1];
@@ -244,7 +246,7 @@ struct Stream {
   }
 
   void add_to_sum() {
-    adler = adler32(adler, summed, static_cast<size_t>(out - summed), kIsa);
+    adler = adler32(adler, summed, static_cast<size_t>(out - summed), isa);
     summed = out;
   }
 
@@ -799,7 +801,7 @@ int run_until_one_ends(Lanes& lanes, int running, Outcome& outcome_ret, std::ind
   return ended;
 }
 
-void run_streams(InflateFeed& feed) {
+void run_streams(InflateFeed& feed, Isa isa) {
   Lanes lanes;
   Stream* const streams = lanes.streams;
   const auto end_job = [&feed](InflateJob& job, Outcome outcome) {
@@ -813,7 +815,7 @@ void run_streams(InflateFeed& feed) {
   // Starts streams[k] with the first job that does not end at once; false where there are no more jobs.
   const auto start = [&](int k) {
     while (InflateJob* job = feed.next()) {
-      const Outcome outcome = streams[k].start(*job, feed);
+      const Outcome outcome = streams[k].start(*job, feed, isa);
       if (outcome == Outcome::kContinue) return true;
       if (outcome == Outcome::kFinished) streams[k].hand_over_rest();
       end_job(*job, outcome);

@@ -13,7 +13,7 @@ namespace cxrfast::png {
 void inflate_portable(InflateFeed& feed);
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CXRFAST_INFLATE_AVX2 1
-void inflate_avx2(InflateFeed& feed);
+void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the checksum
 #endif
 
 // The verdict on a job that a kernel has given up.

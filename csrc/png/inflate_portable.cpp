@@ -11,11 +11,10 @@
 namespace cxrfast::png {
 namespace {
 
-constexpr Isa kIsa = Isa::kPortable;
 #include "inflate_kernel.h"
 
 }  // namespace
 
-void inflate_portable(InflateFeed& feed) { run_streams(feed); }
+void inflate_portable(InflateFeed& feed) { run_streams(feed, Isa::kPortable); }
 
 }  // namespace cxrfast::png
