@@ -181,6 +181,7 @@ struct Stream {
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
+  uint16_t literal_count[kIndexBits + 1];  // [l]: literals with codes of l bits; the other symbols come behind them
 
   uint64_t peek() const { return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7); }
 
@@ -377,12 +378,19 @@ struct Stream {
   // lowest first.
   void fill_literals() {
     alignas(64) uint64_t tables[2 << kIndexBits];  // known[m] at 2^m
+    const uint16_t* symbol = literal_code.symbol;
+    for (int length = 1; length <= kIndexBits; ++length) {
+      symbol += literal_code.count[length];
+      int others = 0;
+      while (others < literal_code.count[length] && symbol[-1 - others] >= kEndOfBlock) ++others;
+      literal_count[length] = static_cast<uint16_t>(literal_code.count[length] - others);
+    }
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
     uint8_t bits_of[kEndOfBlock];  // only of literals with codes within the index, and where more might fit than into
                                    // an entry
     if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
-      const uint16_t* symbol = literal_code.symbol;
+      symbol = literal_code.symbol;
       for (int length = 1; length <= kIndexBits; ++length) {
         for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
           if (*symbol < kEndOfBlock) bits_of[*symbol] = static_cast<uint8_t>(length);
@@ -418,7 +426,7 @@ struct Stream {
       const size_t run = size_t{1} << (m - length);
       const uint64_t* from = tables + run;
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = std::lower_bound(symbol, group_end, uint16_t{kEndOfBlock});
+      const uint16_t* const literals_end = symbol + literal_count[length];
       if (too_many) {
         for (; symbol < literals_end; ++symbol, to += run) {
           const uint64_t front = literal_entry(*symbol, length) - kNothing;
@@ -524,7 +532,7 @@ struct Stream {
     for (int length = 1; length <= kIndexBits; ++length) {
       const uint32_t step = 1u << (kMaxCodeBits - length);
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = std::lower_bound(symbol, group_end, uint16_t{kFirstLength});
+      const uint16_t* const literals_end = symbol + literal_count[length];
       code += step * static_cast<uint32_t>(literals_end - symbol);
       for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
         const int used = length + extra_bits_of(*symbol);
