@@ -32,12 +32,12 @@
 // The two entries of a step are added up; so the sign says whether there is a length. Bits 0-15 are what BEXTR takes to
 // find the next index.
 constexpr int kIndexBits = 10;
-constexpr int kLongBits = kMaxCodeBits - kIndexBits;
-constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 1;
+constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
+constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 2;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
 constexpr size_t kMaxTableLength = 128;
-constexpr int kStepBits = kMaxCodeBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
+constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits + kIndexBits <= 64 - 7, "one load must be enough for a step and the next one's index");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
@@ -56,7 +56,7 @@ constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; 
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
 
 // Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
-constexpr size_t kLongTables = 96, kLongEntries = size_t{1} << kLongBits;
+constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
 
 inline uint64_t load64(const uint8_t* at) {
   uint64_t value;
@@ -141,20 +141,6 @@ struct CanonicalCode {
 
 enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
 
-#ifdef CXRFAST_INFLATE_BMI2
-struct Repeats {
-  alignas(16) uint8_t of[kMaxCopy][kMaxCopy];
-  constexpr const uint8_t* operator[](size_t i) const { return of[i]; }
-};
-constexpr Repeats kRepeat = [] {
-  Repeats repeats{};
-  for (size_t distance = 1; distance <= kMaxCopy; ++distance) {
-    for (size_t i = 0; i < kMaxCopy; ++i) repeats.of[distance - 1][i] = static_cast<uint8_t>(i % distance);
-  }
-  return repeats;
-}();
-#endif
-
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 constexpr auto kReversedLong = reversed_bits<kLongBits>();
 
@@ -181,7 +167,7 @@ struct Stream {
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
-  uint16_t literal_count[kIndexBits + 1];  // [l]: literals with codes of l bits; the other symbols come behind them
+  uint16_t literals_of[kIndexBits + 1];  // [l]: literals with codes of l bits; the other symbols come behind them
 
   uint64_t peek() const { return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7); }
 
@@ -383,7 +369,7 @@ struct Stream {
       symbol += literal_code.count[length];
       int others = 0;
       while (others < literal_code.count[length] && symbol[-1 - others] >= kEndOfBlock) ++others;
-      literal_count[length] = static_cast<uint16_t>(literal_code.count[length] - others);
+      literals_of[length] = static_cast<uint16_t>(literal_code.count[length] - others);
     }
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
@@ -426,7 +412,7 @@ struct Stream {
       const size_t run = size_t{1} << (m - length);
       const uint64_t* from = tables + run;
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = symbol + literal_count[length];
+      const uint16_t* const literals_end = symbol + literals_of[length];
       if (too_many) {
         for (; symbol < literals_end; ++symbol, to += run) {
           const uint64_t front = literal_entry(*symbol, length) - kNothing;
@@ -519,7 +505,7 @@ struct Stream {
     std::fill(long_at, long_at + kFirstTable, kFirstTable);
     std::fill(literals + kFirstTable, literals + kFirstTable + kLongEntries, 0);
     size_t next_table = kFirstTable + kLongEntries;
-    // Tables for the codes from `first` to before `behind`, of kMaxCodeBits bits, as far as there is room.
+    // Tables for the codes from `first` to before `behind`, of kTableBits bits, as far as there is room.
     const auto add_tables = [&](uint32_t first, uint32_t behind) {
       uint64_t* const begin = literals + next_table;
       for (; first < behind && next_table < std::size(literals); first += kLongEntries, next_table += kLongEntries) {
@@ -530,26 +516,26 @@ struct Stream {
     const uint16_t* symbol = literal_code.symbol;
     uint32_t code = 0;
     for (int length = 1; length <= kIndexBits; ++length) {
-      const uint32_t step = 1u << (kMaxCodeBits - length);
+      const uint32_t step = 1u << (kTableBits - length);
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = symbol + literal_count[length];
+      const uint16_t* const literals_end = symbol + literals_of[length];
       code += step * static_cast<uint32_t>(literals_end - symbol);
       for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
         const int used = length + extra_bits_of(*symbol);
-        if (used <= kIndexBits || used > kMaxCodeBits) continue;
+        if (used <= kIndexBits || used > kTableBits) continue;
         if (step > std::size(literals) - next_table) continue;
-        fill_length(add_tables(code, code + step), step, *symbol, length, kMaxCodeBits, 0);
+        fill_length(add_tables(code, code + step), step, *symbol, length, kTableBits, 0);
       }
     }
-    uint64_t* to = add_tables(code, 1u << kMaxCodeBits);
+    uint64_t* to = add_tables(code, 1u << kTableBits);
     uint64_t* const to_end = literals + next_table;
-    for (int length = kIndexBits + 1; length <= kMaxCodeBits; ++length) {
-      const size_t run = size_t{1} << (kMaxCodeBits - length);
+    for (int length = kIndexBits + 1; length <= kTableBits; ++length) {
+      const size_t run = size_t{1} << (kTableBits - length);
       for (int i = 0; i < literal_code.count[length] && to < to_end; ++i, ++symbol, to += run) {
         if (*symbol < kEndOfBlock) {
           fill_run(to, run, literal_entry(*symbol, length));
         } else {
-          fill_length(to, run, *symbol, length, kMaxCodeBits, 0);
+          fill_length(to, run, *symbol, length, kTableBits, 0);
         }
       }
     }
@@ -646,14 +632,13 @@ struct Stopped {
   size_t length;  // kMatch: of the match
 };
 
-// Copies kMaxCopy bytes (and may write 8 more) whose source reaches into them: the last bytes repeat with the period
-// `distance` <= kMaxCopy.
-[[gnu::always_inline]] inline void copy_pattern(uint8_t* to, uint64_t distance) {
 #ifdef CXRFAST_INFLATE_BMI2
-  const __m128i source = _mm_loadu_si128(reinterpret_cast<const __m128i*>(to - distance));
-  const __m128i repeat = _mm_load_si128(reinterpret_cast<const __m128i*>(kRepeat[distance - 1]));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(source, repeat));
+#include "inflate_steps_bmi2.h"
 #else
+
+// Copies kMaxCopy bytes, and writes up to 8 more, whose source reaches into them: the last bytes repeat with the period
+// `distance` <= kMaxCopy.
+inline void copy_pattern(uint8_t* to, uint64_t distance) {
   if (distance >= 8) {
     std::memcpy(to, to - distance, 8);
     std::memcpy(to + 8, to + 8 - distance, 8);
@@ -664,23 +649,19 @@ struct Stopped {
   for (uint64_t filled = distance; filled < 8; filled *= 2) repeated |= repeated << 8 * filled;
   const uint64_t whole = 8 / distance * distance;  // periods that fit
   for (size_t i = 0; i < 3; ++i) std::memcpy(to + i * whole, &repeated, 8);
-#endif
 }
 
 // The match of a step whose source lies before the start of the output: copies it, or false. See Note [a step].
-[[gnu::always_inline]] inline bool copy_near(const Stream& stream, uint8_t* to, uint64_t distance, size_t length) {
-  const uint64_t true_distance = distance % kAbsurdDistance;
-  if (length > kMaxCopy || (length > 0 && (true_distance == 0 || true_distance > kMaxCopy ||
-                                           true_distance > static_cast<uint64_t>(to - stream.out_begin)))) {
+inline bool copy_near(const Stream& stream, uint8_t* to, uint64_t distance, size_t length) {
+  if (length == 0) return true;
+  distance %= kAbsurdDistance;
+  if (length > kMaxCopy || distance == 0 || distance > kMaxCopy ||
+      distance > static_cast<uint64_t>(to - stream.out_begin)) {
     return false;
   }
-  if (length > 0) copy_pattern(to, true_distance);
+  copy_pattern(to, distance);
   return true;
 }
-
-#ifdef CXRFAST_INFLATE_BMI2
-#include "inflate_steps_bmi2.h"
-#else
 
 // One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
 template <int k>

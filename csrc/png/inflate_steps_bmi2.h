@@ -14,29 +14,42 @@
 // Registers: rdi the lanes   rax the entries' sum, then minus the length   rbx, rcx, rdx scratch; rcx then the
 // distance, rdx its source, rbx its bits   P position   O out   L bits that are left over, then the bits of this step
 
+// [distance - 1]: what repeats the last `distance` bytes over a copy.
+struct Repeats {
+  alignas(16) uint8_t of[kMaxCopy][kMaxCopy];
+};
+constexpr Repeats kRepeats = [] {
+  Repeats repeats{};
+  for (size_t distance = 1; distance <= kMaxCopy; ++distance) {
+    for (size_t i = 0; i < kMaxCopy; ++i) repeats.of[distance - 1][i] = static_cast<uint8_t>(i % distance);
+  }
+  return repeats;
+}();
+
 struct Lanes {
   Stream streams[kInflateStreams];
   uint64_t steps;  // left
   uint64_t nothing = 0;
   uint64_t neutral = kNeutral;
   decltype(kReversedLong) reversed = kReversedLong;
+  Repeats repeats = kRepeats;
   // Where the steps stopped.
-  uint64_t why, stream;
-  uint64_t distance, distance_bits, minus_length;  // kMatch
+  uint64_t why, stream, minus_length;
+  uint64_t distance_bits;  // scratch
 };
 
 // Takes up to `steps` > 0 steps of each of the first K streams.
 //
 // Labels, behind the stream's number: 1 long tables, 2 entry found, 3 stop for a symbol, 4 length above 16, 5 copied,
-// 6 source before the start, 7 and 8 stop for a match, 9 distance's entry found.
+// 6 source before the start, 7 and 8 stop for a match, 9 distance's entry found, 10 long tables of the distance.
 template <int K>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && offsetof(Stream, literals) == 0 && static_cast<int>(Stop::kSteps) == 0 &&
                     static_cast<int>(Stop::kSymbol) == 1 && static_cast<int>(Stop::kMatch) == 2,
                 "written into the text: there are 30 operands at most");
   lanes.steps = steps;
-  for (;;) {
-    asm volatile(R"(
+  asm volatile(
+      R"(
   .macro load k, P, P32, O, L, L32
     movq \k*%c[size]+%c[position](%%rdi), %%\P
     movq \k*%c[size]+%c[out](%%rdi), %%\O
@@ -49,7 +62,7 @@ template <int K>
 
   .macro step k, P, P32, O, L, L32
     movl %%\L32, %%ebx
-    andl %[index_mask], %%ebx
+    andl $(1 << %c[index_bits]) - 1, %%ebx
     movq \k*%c[size](%%rdi,%%rbx,8), %%rax
     testq %%rax, %%rax
     jz 1\k\()f
@@ -72,7 +85,7 @@ template <int K>
     shrx %%rbx, %%\L, %%\L
     addq %%rbx, %%rax
     movl %%\L32, %%ebx
-    andl %[distance_mask], %%ebx
+    andl $(1 << %c[distance_index_bits]) - 1, %%ebx
     movzbl %%al, %%ecx
     addq %%rcx, %%\P
     rorx %[count_shift], %%rax, %%rcx
@@ -91,7 +104,7 @@ template <int K>
     subq %%rcx, %%rdx
     cmpq \k*%c[size]+%c[begin](%%rdi), %%rdx
     jl 6\k\()f
-    cmpq %[minus_copy], %%rax
+    cmpq $-%c[copy], %%rax
     jl 4\k\()f
     vmovdqu (%%rdx), %%xmm0
     vmovdqu %%xmm0, (%%\O)
@@ -108,7 +121,7 @@ template <int K>
     andl $7, %%ecx
     shrx %%rcx, (%%rdx), %%rcx
     shrl %[index_bits], %%ecx
-    andl %[long_mask], %%ecx
+    andl $(1 << %c[long_bits]) - 1, %%ecx
     movzwl %c[reversed](%%rdi,%%rcx,2), %%ecx
     addl %%ecx, %%ebx
     movq \k*%c[size](%%rdi,%%rbx,8), %%rax
@@ -138,23 +151,38 @@ template <int K>
     jmp 5\k\()b
   7\k:
     movq %c[distance_bits](%%rdi), %%rbx
-    xorl %%ecx, %%ecx
   8\k:
     subq %%rbx, %%\P
-    movq %%rcx, %c[distance](%%rdi)
-    movq %%rbx, %c[distance_bits](%%rdi)
     movl $2, %%ecx
     movl $\k, %%edx
     jmp 8f
   6\k:
-    testl %[true_distance], %%ecx
-    jnz 8\k\()b
+    testq %%rax, %%rax
+    jz 5\k\()b
+    movl %%ecx, %%edx
+    andl %[true_distance], %%edx
+    jz 10\k\()f
+    cmpl %[copy], %%edx
+    ja 8\k\()b
+    cmpq $-%c[copy], %%rax
+    jl 8\k\()b
+    movq %%\O, %%rcx
+    subq %%rdx, %%rcx
+    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
+    jl 8\k\()b
+    shll $4, %%edx
+    vmovdqu (%%rcx), %%xmm0
+    vpshufb %c[repeats]-16(%%rdi,%%rdx), %%xmm0, %%xmm0
+    vmovdqu %%xmm0, (%%\O)
+    subq %%rax, %%\O
+    jmp 5\k\()b
+  10\k:
     movl %%\L32, %%ebx
-    andl %[distance_mask], %%ebx
+    andl $(1 << %c[distance_index_bits]) - 1, %%ebx
     movzwl \k*%c[size]+%c[long_distance_at](%%rdi,%%rbx,2), %%ebx
     movl %%\L32, %%edx
     shrl %[distance_index_bits], %%edx
-    andl %[long_distance_mask], %%edx
+    andl $(1 << %c[long_distance_bits]) - 1, %%edx
     addl %%edx, %%ebx
     testl %[true_distance], \k*%c[size]+%c[distances](%%rdi,%%rbx,8)
     jnz 9\k\()b
@@ -198,32 +226,19 @@ template <int K>
   .purgem store
   .purgem streams
 )"
-                 :
-                 : "D"(&lanes), [count] "i"(K), [size] "i"(sizeof(Stream)), [position] "i"(offsetof(Stream, position)),
-                   [out] "i"(offsetof(Stream, out)), [begin] "i"(offsetof(Stream, out_begin)),
-                   [out_end] "i"(offsetof(Stream, out_end)), [distances] "i"(offsetof(Stream, distances)),
-                   [long_at] "i"(offsetof(Stream, long_at)), [long_distance_at] "i"(offsetof(Stream, long_distance_at)),
-                   [steps] "i"(offsetof(Lanes, steps)), [nothing] "i"(offsetof(Lanes, nothing)),
-                   [neutral] "i"(offsetof(Lanes, neutral)), [reversed] "i"(offsetof(Lanes, reversed)),
-                   [why] "i"(offsetof(Lanes, why)), [stream] "i"(offsetof(Lanes, stream)),
-                   [distance] "i"(offsetof(Lanes, distance)), [distance_bits] "i"(offsetof(Lanes, distance_bits)),
-                   [minus_length] "i"(offsetof(Lanes, minus_length)), [index_mask] "i"((1 << kIndexBits) - 1),
-                   [index_bits] "i"(kIndexBits), [long_mask] "i"(kLongEntries - 1),
-                   [distance_mask] "i"((1 << kDistanceIndexBits) - 1), [distance_index_bits] "i"(kDistanceIndexBits),
-                   [long_distance_mask] "i"((1 << kLongDistanceBits) - 1), [true_distance] "i"(kAbsurdDistance - 1),
-                   [count_shift] "i"(kCountShift), [length_shift] "i"(kMinusLengthShift),
-                   [minus_copy] "i"(-static_cast<int>(kMaxCopy))
-                 : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0",
-                   "cc", "memory");
-    const Stop why = static_cast<Stop>(lanes.why);
-    const int which = static_cast<int>(lanes.stream);
-    if (why == Stop::kSteps) return {why, 0, 0};
-    if (why == Stop::kSymbol) return {why, which, 0};
-    Stream& stream = lanes.streams[which];
-    const size_t length = 0 - lanes.minus_length;
-    if (!copy_near(stream, stream.out, lanes.distance, length)) return {why, which, length};
-    stream.out += length;
-    stream.position += lanes.distance_bits;
-    if (--lanes.steps == 0) return {Stop::kSteps, 0, 0};
-  }
+      :
+      : "D"(&lanes), [count] "i"(K), [size] "i"(sizeof(Stream)), [position] "i"(offsetof(Stream, position)),
+        [out] "i"(offsetof(Stream, out)), [begin] "i"(offsetof(Stream, out_begin)),
+        [out_end] "i"(offsetof(Stream, out_end)), [distances] "i"(offsetof(Stream, distances)),
+        [long_at] "i"(offsetof(Stream, long_at)), [long_distance_at] "i"(offsetof(Stream, long_distance_at)),
+        [steps] "i"(offsetof(Lanes, steps)), [nothing] "i"(offsetof(Lanes, nothing)),
+        [neutral] "i"(offsetof(Lanes, neutral)), [reversed] "i"(offsetof(Lanes, reversed)),
+        [repeats] "i"(offsetof(Lanes, repeats)), [why] "i"(offsetof(Lanes, why)), [stream] "i"(offsetof(Lanes, stream)),
+        [distance_bits] "i"(offsetof(Lanes, distance_bits)), [minus_length] "i"(offsetof(Lanes, minus_length)),
+        [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits), [distance_index_bits] "i"(kDistanceIndexBits),
+        [long_distance_bits] "i"(kLongDistanceBits), [true_distance] "i"(kAbsurdDistance - 1),
+        [count_shift] "i"(kCountShift), [length_shift] "i"(kMinusLengthShift), [copy] "i"(kMaxCopy)
+      : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
+        "memory");
+  return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
 }
