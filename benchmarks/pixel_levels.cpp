@@ -40,8 +40,6 @@ void unfilter_only(const Film& film, const uint8_t* rows, const PixelKernels& ke
     const size_t count = film.height - y < kernels.group_rows ? film.height - y : kernels.group_rows;
     kernels.unfilter_rows(rows + y * (width + 1), count, width, above.data() + kAboveLead, window.data() + kWindowLead,
                           stride);
-    const uint8_t* last = window.data() + kWindowLead + (count - 1) * stride;
-    for (size_t x = 0; x < width; ++x) above[kAboveLead + x] = static_cast<uint8_t>(~last[x]);
   }
 }
 

@@ -53,7 +53,6 @@ void run_wavefront(const uint8_t* rows, uint32_t height, size_t width, uint8_t* 
     for (size_t k = 0; k < count; ++k) {
       std::memcpy(grey + (y + k) * width, window.data() + kWindowLead + k * stride, width);
     }
-    for (size_t x = 0; x < width; ++x) above[kAboveLead + x] = static_cast<uint8_t>(~grey[(y + count - 1) * width + x]);
   }
 }
 

@@ -1,4 +1,4 @@
-// pixel_kernels_impl.h - un-filter as a wavefront and resample by 16-bit multiply-adds, over any vector width.
+// pixel_kernels_impl.h - un-filter as a wavefront and resample by multiply-adds, over any vector width.
 //
 // Each instruction set's file defines `Lanes`, its vectors of kBytes pixels, and includes this file where its
 // instructions are switched on. Operations are within 128-bit parts wherever the instruction set has them so; the order
@@ -88,8 +88,12 @@ struct Wavefront {
     return V::where_not_less(below, V::add_to_255(over, over), V::both(low, mean), high_or_c);
   }
 
-  static void unfilter_rows(const uint8_t* rows, size_t count, size_t width, const uint8_t* above, uint8_t* window,
-                            size_t window_stride) {
+  // Un-filters rows and calls done(block, step, steps) after each block of steps: block[t][k] is lane k's result of
+  // step `step` + t as a complement. A ring holds the last kRing steps; done may read those before the block as well.
+  template <size_t kRing, typename Done>
+  static inline __attribute__((always_inline)) void run(uint8_t (*ring)[kRows], const uint8_t* rows, size_t count,
+                                                        size_t width, uint8_t* above, Done done) {
+    static_assert(kRing % kBlock == 0);
     const size_t row_nbytes = width + 1;
     Masks masks;
     set_masks(rows, count, row_nbytes, masks);
@@ -101,14 +105,14 @@ struct Wavefront {
       source[k] = rows + row * row_nbytes + 1 - delay(row);
     }
 
-    alignas(64) uint8_t block[kBlock][kRows];  // what goes into each step, then what came out of it
-    const U8 zeros = V::fill(0xff);            // as complements
+    const U8 zeros = V::fill(0xff);  // as complements
     U8 left[kVectors], above_left[kVectors], carried[kVectors];
     for (size_t v = 0; v < kVectors; ++v) left[v] = above_left[v] = carried[v] = zeros;
     carried[0] = V::carry(V::load_unaligned(above + 1 - kBytes), zeros);
 
-    const size_t steps = width + delay(count - 1);
+    const size_t last_delay = delay(count - 1), steps = width + last_delay;
     for (size_t step = 0; step < steps; step += kBlock) {
+      uint8_t (*const block)[kRows] = ring + step % kRing;  // what goes into each step, then what came out of it
       const size_t block_steps = std::min(kBlock, (steps - step + kBytes - 1) / kBytes * kBytes);
       for (size_t part = 0; part < kRows; part += kPart) {
         for (size_t t = 0; t < block_steps; t += kBytes) {
@@ -145,6 +149,20 @@ struct Wavefront {
           V::store(block[t] + at, left[v]);
         }
       }
+      // The last row is the one above the next group. Its columns were all read as such at least a step ago.
+      const size_t first = last_delay > step ? last_delay - step : 0;
+      const uint8_t* last_row = &block[first][count - 1];
+      uint8_t* to = above + (step + first - last_delay);
+#pragma GCC unroll 8
+      for (size_t t = first; t < block_steps; ++t, last_row += kRows) *to++ = *last_row;
+      done(block, step, block_steps);
+    }
+  }
+
+  static void unfilter_rows(const uint8_t* rows, size_t count, size_t width, uint8_t* above, uint8_t* window,
+                            size_t window_stride) {
+    alignas(64) uint8_t ring[kBlock][kRows];
+    run<kBlock>(ring, rows, count, width, above, [&](const uint8_t (*block)[kRows], size_t step, size_t block_steps) {
       for (size_t part = 0; part < kRows; part += kPart) {
         for (size_t t = 0; t < block_steps; t += kBytes) {
           U8 x[kPart];
@@ -156,7 +174,7 @@ struct Wavefront {
           for (size_t k = 0; k < kPart; ++k) V::store_unaligned(row + k * (window_stride - 1), V::complement(x[k]));
         }
       }
-    }
+    });
   }
 };
 
@@ -168,51 +186,57 @@ struct Lines {
   using I32 = typename V::I32;
   static_assert(V::kBytes <= kMaxLinesAtOnce);
   static constexpr size_t kLines = V::kBytes;           // in one go, as four vectors of 32-bit sums
-  static constexpr size_t kPairNbytes = 4 * V::kBytes;  // one pair of columns of all those lines, 16 bits a pixel
-  static constexpr size_t kChunkPairs = kTilePairs;
+  static constexpr size_t kCellNbytes = 4 * V::kBytes;  // one cell of all those lines
+  static constexpr size_t kChunkCells = kTransposeColumns / V::kTaps;
 
-  // 16 columns from `column` on of kLines lines, as pairs: 8 * kPairNbytes bytes. Vector v, part q holds lines
-  // 16 q + 4 v .. + 3, so that packing four vectors of sums to bytes leaves the lines in order.
+  // 16 columns from `column` on of kLines lines, as cells. Vector v, part q holds lines 16 q + 4 v .. + 3, so that
+  // packing four vectors of sums to bytes leaves the lines in order.
   static inline __attribute__((always_inline)) void spread(const uint8_t* const* lines, size_t column, uint8_t* tile) {
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
-      typename V::Pairs pairs = V::pairs(lines + 4 * v, column);
+      const typename V::Cells cells = V::cells(lines + 4 * v, column);
 #pragma GCC unroll 8
-      for (size_t i = 0; i < kChunkPairs; ++i) V::store(tile + i * kPairNbytes + v * V::kBytes, pairs.v[i]);
+      for (size_t i = 0; i < kChunkCells; ++i) V::store(tile + i * kCellNbytes + v * V::kBytes, cells.v[i]);
     }
   }
 
-  // Outputs first .. last - 1 of the lines in the tile, whose first pair is tile_start; the first `count` lines of each
-  // go to out. A function of its own, so that its sums keep the registers to themselves.
-  static __attribute__((noinline)) void weigh(const OutputSpan* first, const OutputSpan* last,
-                                              const WeightPair* weights, const uint8_t* tile, size_t tile_start,
-                                              uint8_t* out, size_t out_stride, size_t count) {
+  // Outputs first .. last - 1 of the lines in the tile, which begins with cell tile_start; the first `count` lines of
+  // each go to out. A function of its own, so that its sums keep the registers to themselves.
+  static __attribute__((noinline)) void weigh(const OutputSpan* first, const OutputSpan* last, const int32_t* weights,
+                                              const uint8_t* tile, ptrdiff_t tile_start, uint8_t* out,
+                                              size_t out_stride, size_t count) {
+    constexpr size_t kDigits = digits_of(V::kTaps);
     for (const OutputSpan* span = first; span != last; ++span, out += out_stride) {
-      I32 high[4], low[4];
+      I32 sums[kDigits][4];
+#pragma GCC unroll 3
+      for (size_t d = 0; d < kDigits; ++d) {
 #pragma GCC unroll 4
-      for (size_t v = 0; v < 4; ++v) {
-        high[v] = V::fill32(0);
-        low[v] = V::fill32(1 << (kWeightBits - 1));
+        for (size_t v = 0; v < 4; ++v) sums[d][v] = V::fill32(d + 1 < kDigits ? 0 : 1 << (kWeightBits - 1));
       }
-      const WeightPair* weight = weights + span->weights_at;
-      const WeightPair* const end = weight + span->pairs;
-      const uint8_t* pixels_at = tile + (span->first_pair - tile_start) * kPairNbytes;
+      const int32_t* weight = weights + span->weights_at;
+      const int32_t* const end = weight + span->cells * kDigits;
+      const uint8_t* pixels_at = tile + (static_cast<ptrdiff_t>(span->first_cell) - tile_start) * kCellNbytes;
       do {
-        int32_t high_pair, low_pair;
-        std::memcpy(&high_pair, weight->high, 4);
-        std::memcpy(&low_pair, weight->low, 4);
-        const I32 high_weight = V::fill32(high_pair), low_weight = V::fill32(low_pair);
+        I32 digit[kDigits];
+#pragma GCC unroll 3
+        for (size_t d = 0; d < kDigits; ++d) digit[d] = V::fill32(weight[d]);
 #pragma GCC unroll 4
         for (size_t v = 0; v < 4; ++v) {
           const I32 pixels = V::loaded(V::load(pixels_at + v * V::kBytes));
-          high[v] = V::loaded(V::multiply_add(high[v], pixels, high_weight));
-          low[v] = V::loaded(V::multiply_add(low[v], pixels, low_weight));
+#pragma GCC unroll 3
+          for (size_t d = 0; d < kDigits; ++d) sums[d][v] = V::loaded(V::multiply_add(sums[d][v], pixels, digit[d]));
         }
-        pixels_at += kPairNbytes;
-      } while (++weight != end);
+        pixels_at += kCellNbytes;
+        weight += kDigits;
+      } while (weight != end);
+#pragma GCC unroll 3
+      for (size_t d = 1; d < kDigits; ++d) {
 #pragma GCC unroll 4
-      for (size_t v = 0; v < 4; ++v) low[v] = V::template combine<kWeightLowBits, kWeightBits>(high[v], low[v]);
-      const U8 result = V::pack(low[0], low[1], low[2], low[3]);
+        for (size_t v = 0; v < 4; ++v) sums[d][v] = V::template shift_add<kDigitBits>(sums[d - 1][v], sums[d][v]);
+      }
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) sums[0][v] = V::template shift_down<kWeightBits>(sums[kDigits - 1][v]);
+      const U8 result = V::pack(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
       if (count == kLines) {
         V::store_unaligned(out, result);
       } else {
@@ -223,10 +247,10 @@ struct Lines {
     }
   }
 
-  static void resample_lines(const OutputSpan* spans, size_t outputs, const WeightPair* weights, const uint8_t* lines,
-                             size_t line_stride, size_t count, uint8_t* out, size_t out_stride, uint8_t* tile,
-                             size_t tile_nbytes) {
-    const size_t tile_pairs = tile_nbytes / kPairNbytes / kChunkPairs * kChunkPairs;
+  static void resample_lines(const PackedWeights& packed, const uint8_t* lines, size_t line_stride, size_t count,
+                             uint8_t* out, size_t out_stride, uint8_t* tile, size_t tile_nbytes) {
+    const OutputSpan* spans = packed.spans.data();
+    const size_t outputs = packed.spans.size(), tile_cells = tile_nbytes / kCellNbytes / kChunkCells * kChunkCells;
     for (size_t first_line = 0; first_line < count; first_line += kLines) {
       const size_t line_count = std::min(kLines, count - first_line);
       const uint8_t* line[kLines];
@@ -236,18 +260,128 @@ struct Lines {
       uint8_t* to = out + first_line;
       for (size_t o = 0; o < outputs;) {
         // A tile of columns, and all output pixels that need no other column.
-        const size_t tile_start = spans[o].first_pair / kChunkPairs * kChunkPairs;
-        size_t end = o + 1, tile_end = size_t{spans[o].first_pair} + spans[o].pairs;
-        while (end < outputs && spans[end].first_pair + spans[end].pairs <= tile_start + tile_pairs) {
-          tile_end = std::max<size_t>(tile_end, spans[end].first_pair + spans[end].pairs);
+        const size_t tile_start = spans[o].first_cell / kChunkCells * kChunkCells;
+        size_t end = o + 1, tile_end = spans[o].end_cell();
+        while (end < outputs && spans[end].end_cell() <= tile_start + tile_cells) {
+          tile_end = std::max(tile_end, spans[end].end_cell());
           ++end;
         }
-        for (size_t pair = tile_start; pair < tile_end; pair += kChunkPairs) {
-          spread(line, 2 * pair, tile + (pair - tile_start) * kPairNbytes);
+        for (size_t cell = tile_start; cell < tile_end; cell += kChunkCells) {
+          spread(line, V::kTaps * cell, tile + (cell - tile_start) * kCellNbytes);
         }
-        weigh(spans + o, spans + end, weights, tile, tile_start, to + o * out_stride, out_stride, line_count);
+        weigh(spans + o, spans + end, packed.words.data(), tile, static_cast<ptrdiff_t>(tile_start),
+              to + o * out_stride, out_stride, line_count);
         o = end;
       }
+    }
+  }
+};
+
+// ---- both ----
+
+// Note [resample along the wavefront]
+// The wavefront leaves one column after the other of many rows, which is what resample wants: no need to turn its
+// results back into rows first. Only the lanes' delays must go. Lane k of step t is column t - delay(k); with
+// k = 16 q + 4 j + i, that is column y - 4 j of row k where y = t - (delay(16 q) + i).
+// - delay(16 q): each part of a vector is loaded from a step of its own.
+// - i: two selections between neighbouring steps, one for each bit of i.
+// - 4 j: interleaving a few columns to cells puts those lanes into vector j of four; it is stored 4 j columns further
+//   left.
+template <typename V, size_t kVectors>
+struct Columns {
+  using U8 = typename V::U8;
+  using W = Wavefront<V, kVectors>;
+  using L = Lines<V>;
+  static constexpr size_t kBytes = V::kBytes, kTaps = V::kTaps, kChunk = kTransposeColumns;
+  static constexpr size_t kRing = 2 * W::kBlock;
+  static constexpr size_t kAhead = kChunk + 2;  // a chunk of kChunk columns takes its last pixel so many steps on
+  static constexpr ptrdiff_t kLeadCells = 12 / kTaps;  // cells that the last of four vectors lies behind the first
+
+  // Vector v of a step works on columns that lie so far behind the step: all its parts have got there, and what it
+  // needs next is still in the ring when the next block is.
+  static constexpr size_t lag(size_t v) {
+    return (W::delay((v + 1) * kBytes - kPart) + 3 + kChunk - 1) / kChunk * kChunk;
+  }
+  static_assert(lag(0) <= kRing - W::kBlock && lag(kVectors - 1) - W::delay((kVectors - 1) * kBytes) <= W::kBlock);
+
+  // Columns y .. y + 15 of the rows of vector v into the tile, where `at` is the place of column y.
+  static inline __attribute__((always_inline)) void align(const uint8_t (*ring)[W::kRows], size_t v, size_t y,
+                                                          uint8_t* at) {
+    const uint8_t* parts[kBytes / kPart];
+    for (size_t q = 0; q < kBytes / kPart; ++q) {
+      const size_t lane = v * kBytes + q * kPart;
+      parts[q] = ring[(y + W::delay(lane)) % kRing] + lane;
+    }
+    U8 step[kAhead + 1];
+#pragma GCC unroll 19
+    for (size_t i = 0; i <= kAhead; ++i) step[i] = V::load_parts_of(parts, i * W::kRows);
+#pragma GCC unroll 18
+    for (size_t i = 0; i < kAhead; ++i) step[i] = V::odd_lanes(step[i], step[i + 1]);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kChunk; ++i) step[i] = V::complement_odd_pairs(step[i], step[i + 2]);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kChunk; i += kTaps) {
+      U8 cell[4];
+      V::interleave_cell(step + i, cell);
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; ++j) {
+        const ptrdiff_t behind = static_cast<ptrdiff_t>(i / kTaps) - static_cast<ptrdiff_t>(j * 4 / kTaps);
+        V::store(at + behind * static_cast<ptrdiff_t>(L::kCellNbytes) + j * kBytes, cell[j]);
+      }
+    }
+  }
+
+  // The rows of one vector on their way to outputs.
+  struct Part {
+    uint8_t* tile;         // room for tile_cells cells
+    ptrdiff_t tile_start;  // its first cell
+    size_t y;              // columns before this one have been aligned, but for kLeadCells
+    size_t output;         // the next one
+
+    void advance(const uint8_t (*ring)[W::kRows], size_t v, size_t end, size_t tile_cells, const PackedWeights& packed,
+                 uint8_t* out, size_t out_stride, size_t count) {
+      if (output == packed.spans.size()) return;
+      const OutputSpan *const spans = packed.spans.data(), *const last = spans + packed.spans.size();
+      const OutputSpan* const next = spans + output;
+      ptrdiff_t cell = static_cast<ptrdiff_t>(y / kTaps);
+      if (static_cast<ptrdiff_t>(end / kTaps) > tile_start + static_cast<ptrdiff_t>(tile_cells)) {
+        const ptrdiff_t first = std::min(static_cast<ptrdiff_t>(next->first_cell), cell - kLeadCells);
+        std::memmove(tile, tile + (first - tile_start) * L::kCellNbytes, (cell - first) * L::kCellNbytes);
+        tile_start = first;
+      }
+      for (; y < end; y += kChunk, cell += kChunk / kTaps) {
+        align(ring, v, y, tile + (cell - tile_start) * L::kCellNbytes);
+      }
+      const OutputSpan* ready = next;
+      while (ready != last && static_cast<ptrdiff_t>(ready->end_cell()) <= cell - kLeadCells) ++ready;
+      L::weigh(next, ready, packed.words.data(), tile, tile_start, out + output * out_stride, out_stride, count);
+      output = ready - spans;
+    }
+  };
+
+  static void unfilter_resample(const uint8_t* rows, size_t count, size_t width, uint8_t* above,
+                                const PackedWeights& packed, uint8_t* out, size_t out_stride, uint8_t* tile,
+                                size_t tile_nbytes) {
+    const size_t tile_cells = tile_nbytes / kVectors / L::kCellNbytes, vectors = (count + kBytes - 1) / kBytes;
+    Part parts[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) parts[v] = {tile + v * tile_cells * L::kCellNbytes, -kLeadCells, 0, 0};
+    const auto advance = [&](const uint8_t (*ring)[W::kRows], size_t v, size_t end) {
+      parts[v].advance(ring, v, end, tile_cells, packed, out + v * kBytes, out_stride,
+                       std::min(kBytes, count - v * kBytes));
+    };
+    // Behind the ring, the first steps once more, so that a chunk need not wrap round.
+    alignas(64) uint8_t ring[kRing + kAhead][W::kRows];
+    size_t steps = 0;
+    W::template run<kRing>(ring, rows, count, width, above,
+                           [&](const uint8_t (*block)[W::kRows], size_t step, size_t block_steps) {
+                             if (block == ring) std::memcpy(ring[kRing], ring, kAhead * W::kRows);
+                             steps = step + block_steps;
+                             for (size_t v = 0; v < vectors; ++v) {
+                               if (steps > lag(v)) advance(ring, v, steps - lag(v));
+                             }
+                           });
+    for (size_t v = 0; v < vectors; ++v) {
+      while (parts[v].output < packed.spans.size()) advance(ring, v, parts[v].y + kChunk);
     }
   }
 };
@@ -270,7 +404,12 @@ void sum_pixels(const uint8_t* pixels, size_t count, int64_t* sum_ret, int64_t* 
 
 template <typename V, size_t kVectors>
 constexpr PixelKernels kernels_of() {
-  return {Wavefront<V, kVectors>::kRows, V::kBytes, Wavefront<V, kVectors>::unfilter_rows, Lines<V>::resample_lines,
+  return {Wavefront<V, kVectors>::kRows,
+          V::kBytes,
+          V::kTaps,
+          Wavefront<V, kVectors>::unfilter_rows,
+          Lines<V>::resample_lines,
+          Columns<V, kVectors>::unfilter_resample,
           sum_pixels<V>};
 }
 

@@ -24,7 +24,8 @@ struct Lanes {
   static constexpr size_t kBytes = 32;
   using U8 = __m256i;
   using I32 = __m256i;
-  struct Pairs {
+  static constexpr size_t kTaps = 2;
+  struct Cells {
     __m256i v[8];
   };
 
@@ -47,12 +48,24 @@ struct Lanes {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
                                    _mm_load_si128(reinterpret_cast<const __m128i*>(p + stride)), 1);
   }
+  // Part q: 16 bytes at parts[q] + offset, aligned.
+  static U8 load_parts_of(const uint8_t* const* parts, size_t offset) {
+    const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(parts[0] + offset));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm_load_si128(reinterpret_cast<const __m128i*>(parts[1] + offset)), 1);
+  }
   static void store_parts(uint8_t* p, size_t stride, U8 v) {
     _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
     _mm_store_si128(reinterpret_cast<__m128i*>(p + stride), _mm256_extracti128_si256(v, 1));
   }
   static U8 interleave_low(U8 a, U8 b) { return _mm256_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm256_unpackhi_epi8(a, b); }
+  // Lanes 1, 3, 5 .. of odd, the others of even.
+  static U8 odd_lanes(U8 even, U8 odd) {
+    return _mm256_blendv_epi8(even, odd, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+  }
+  // Complements of lanes 2, 3, 6, 7 .. of odd, of the others of even.
+  static U8 complement_odd_pairs(U8 even, U8 odd) { return complement(_mm256_blend_epi16(even, odd, 0xaa)); }
   static U8 both(U8 a, U8 b) { return _mm256_and_si256(a, b); }
   static U8 either(U8 a, U8 b) { return _mm256_or_si256(a, b); }
   static U8 complement(U8 a) { return _mm256_xor_si256(a, fill(0xff)); }
@@ -79,15 +92,28 @@ struct Lanes {
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pixels, weights));
   }
-  template <int kHighShift, int kShift>
-  static I32 combine(I32 high, I32 low) {
-    return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(high, kHighShift), low), kShift);
+  template <int kShift>
+  static I32 shift_add(I32 high, I32 low) {
+    return _mm256_add_epi32(_mm256_slli_epi32(high, kShift), low);
+  }
+  template <int kShift>
+  static I32 shift_down(I32 v) {
+    return _mm256_srli_epi32(v, kShift);
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) {
     return _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   }
+  // The cell of kTaps columns of lines: in each part, vector j holds its lines 4 j .. 4 j + 3.
+  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
+    cell[0] = interleave_low(low, zero);
+    cell[1] = interleave_high(low, zero);
+    cell[2] = interleave_low(high, zero);
+    cell[3] = interleave_high(high, zero);
+  }
   // Lanes: rows[0 .. 3] and rows[16 .. 19]; vector i: columns 2 i and 2 i + 1 from `column` on, as 16-bit numbers.
-  static Pairs pairs(const uint8_t* const* rows, size_t column) {
+  static Cells cells(const uint8_t* const* rows, size_t column) {
     const __m256i a = gather_parts(rows, column), b = gather_parts(rows + 1, column);
     const __m256i c = gather_parts(rows + 2, column), d = gather_parts(rows + 3, column);
     const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
@@ -98,7 +124,7 @@ struct Lanes {
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
     const __m256i high =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
-    Pairs result;
+    Cells result;
     for (int i = 0; i < 4; ++i) {
       result.v[2 * i] = _mm256_shuffle_epi8(fours[i], low);
       result.v[2 * i + 1] = _mm256_shuffle_epi8(fours[i], high);

@@ -34,8 +34,9 @@ struct Lanes {
   static constexpr size_t kBytes = 64;
   using U8 = __m512i;
   using I32 = __m512i;
-  struct Pairs {
-    __m512i v[8];
+  static constexpr size_t kTaps = 4;
+  struct Cells {
+    __m512i v[4];
   };
 
   static U8 load(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -59,6 +60,12 @@ struct Lanes {
     v = _mm512_inserti32x4(v, load_part(p + 2 * stride), 2);
     return _mm512_inserti32x4(v, load_part(p + 3 * stride), 3);
   }
+  static U8 load_parts_of(const uint8_t* const* parts, size_t offset) {
+    __m512i v = _mm512_castsi128_si512(load_part(parts[0] + offset));
+    v = _mm512_inserti32x4(v, load_part(parts[1] + offset), 1);
+    v = _mm512_inserti32x4(v, load_part(parts[2] + offset), 2);
+    return _mm512_inserti32x4(v, load_part(parts[3] + offset), 3);
+  }
   static void store_parts(uint8_t* p, size_t stride, U8 v) {
     store_part(p, _mm512_castsi512_si128(v));
     store_part(p + stride, _mm512_extracti32x4_epi32(v, 1));
@@ -68,6 +75,10 @@ struct Lanes {
 
   static U8 interleave_low(U8 a, U8 b) { return _mm512_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm512_unpackhi_epi8(a, b); }
+  static U8 odd_lanes(U8 even, U8 odd) { return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, odd); }
+  static U8 complement_odd_pairs(U8 even, U8 odd) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(-0x10000), even, odd, 0x53);  // ~(mask ? odd : even)
+  }
   static U8 both(U8 a, U8 b) { return _mm512_and_si512(a, b); }
   static U8 either(U8 a, U8 b) { return _mm512_or_si512(a, b); }
   static U8 complement(U8 a) { return _mm512_xor_si512(a, fill(0xff)); }
@@ -90,30 +101,33 @@ struct Lanes {
 #endif
     return v;
   }
-  static I32 multiply_add(I32 sum, I32 pixels, I32 weights) { return _mm512_dpwssd_epi32(sum, pixels, weights); }
-  template <int kHighShift, int kShift>
-  static I32 combine(I32 high, I32 low) {
-    return _mm512_srli_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, kHighShift), low), kShift);
+  static I32 multiply_add(I32 sum, I32 pixels, I32 weights) { return _mm512_dpbusd_epi32(sum, pixels, weights); }
+  template <int kShift>
+  static I32 shift_add(I32 high, I32 low) {
+    return _mm512_add_epi32(_mm512_slli_epi32(high, kShift), low);
+  }
+  template <int kShift>
+  static I32 shift_down(I32 v) {
+    return _mm512_srli_epi32(v, kShift);
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) {
     return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
   }
-  static Pairs pairs(const uint8_t* const* rows, size_t column) {
+  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
+    const __m512i low[2] = {interleave_low(columns[0], columns[1]), interleave_low(columns[2], columns[3])};
+    const __m512i high[2] = {interleave_high(columns[0], columns[1]), interleave_high(columns[2], columns[3])};
+    cell[0] = _mm512_unpacklo_epi16(low[0], low[1]);
+    cell[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+    cell[2] = _mm512_unpacklo_epi16(high[0], high[1]);
+    cell[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+  }
+  static Cells cells(const uint8_t* const* rows, size_t column) {
     const __m512i a = gather_parts(rows, column), b = gather_parts(rows + 1, column);
     const __m512i c = gather_parts(rows + 2, column), d = gather_parts(rows + 3, column);
     const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
-    const __m512i fours[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
-                              _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
-    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
-    const __m512i high =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
-    Pairs result;
-    for (int i = 0; i < 4; ++i) {
-      result.v[2 * i] = _mm512_shuffle_epi8(fours[i], low);
-      result.v[2 * i + 1] = _mm512_shuffle_epi8(fours[i], high);
-    }
-    return result;
+    return {{_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+             _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
   }
 };
 

@@ -18,7 +18,8 @@ struct Lanes {
   static constexpr size_t kBytes = 16;
   using U8 = __m128i;
   using I32 = __m128i;
-  struct Pairs {
+  static constexpr size_t kTaps = 2;
+  struct Cells {
     __m128i v[8];
   };
 
@@ -30,10 +31,19 @@ struct Lanes {
   static I32 fill32(int32_t value) { return _mm_set1_epi32(value); }
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
   static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
+  static U8 load_parts_of(const uint8_t* const* parts, size_t offset) { return load(parts[0] + offset); }
   static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) { return _mm_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm_unpackhi_epi8(a, b); }
+  static U8 odd_lanes(U8 even, U8 odd) {
+    const U8 mask = _mm_set1_epi16(static_cast<int16_t>(0xff00));
+    return _mm_or_si128(_mm_and_si128(mask, odd), _mm_andnot_si128(mask, even));
+  }
+  static U8 complement_odd_pairs(U8 even, U8 odd) {
+    const U8 mask = _mm_set1_epi32(-0x10000);
+    return _mm_or_si128(_mm_andnot_si128(odd, mask), _mm_andnot_si128(even, complement(mask)));
+  }
   static U8 both(U8 a, U8 b) { return _mm_and_si128(a, b); }
   static U8 either(U8 a, U8 b) { return _mm_or_si128(a, b); }
   static U8 complement(U8 a) { return _mm_xor_si128(a, fill(0xff)); }
@@ -58,13 +68,24 @@ struct Lanes {
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return _mm_add_epi32(sum, _mm_madd_epi16(pixels, weights));
   }
-  template <int kHighShift, int kShift>
-  static I32 combine(I32 high, I32 low) {
-    return _mm_srai_epi32(_mm_add_epi32(_mm_slli_epi32(high, kHighShift), low), kShift);
+  template <int kShift>
+  static I32 shift_add(I32 high, I32 low) {
+    return _mm_add_epi32(_mm_slli_epi32(high, kShift), low);
+  }
+  template <int kShift>
+  static I32 shift_down(I32 v) {
+    return _mm_srli_epi32(v, kShift);
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) { return _mm_packus_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d)); }
-  static Pairs pairs(const uint8_t* const* rows, size_t column) {
-    Pairs result;
+  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
+    const U8 low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
+    cell[0] = interleave_low(low, fill(0));
+    cell[1] = interleave_high(low, fill(0));
+    cell[2] = interleave_low(high, fill(0));
+    cell[3] = interleave_high(high, fill(0));
+  }
+  static Cells cells(const uint8_t* const* rows, size_t column) {
+    Cells result;
     const __m128i zero = _mm_setzero_si128();
     __m128i half[2][4];
     for (int r = 0; r < 4; ++r) {
@@ -102,7 +123,8 @@ struct Lanes {
   static constexpr size_t kBytes = 16;
   typedef uint8_t U8 __attribute__((vector_size(16)));
   typedef int32_t I32 __attribute__((vector_size(16)));
-  struct Pairs {
+  static constexpr size_t kTaps = 2;
+  struct Cells {
     U8 v[8];
   };
 
@@ -118,6 +140,7 @@ struct Lanes {
   static I32 fill32(int32_t value) { return I32{} + value; }
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
   static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
+  static U8 load_parts_of(const uint8_t* const* parts, size_t offset) { return load(parts[0] + offset); }
   static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) {
@@ -125,6 +148,12 @@ struct Lanes {
   }
   static U8 interleave_high(U8 a, U8 b) {
     return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  static U8 odd_lanes(U8 even, U8 odd) {
+    return __builtin_shufflevector(even, odd, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31);
+  }
+  static U8 complement_odd_pairs(U8 even, U8 odd) {
+    return ~__builtin_shufflevector(even, odd, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31);
   }
   static U8 both(U8 a, U8 b) { return a & b; }
   static U8 either(U8 a, U8 b) { return a | b; }
@@ -146,9 +175,13 @@ struct Lanes {
   static I32 multiply_add(I32 sum, I32 pixels, I32 weights) {
     return sum + (pixels & 0xffff) * (weights & 0xffff) + (pixels >> 16) * (weights >> 16);
   }
-  template <int kHighShift, int kShift>
-  static I32 combine(I32 high, I32 low) {
-    return ((high << kHighShift) + low) >> kShift;
+  template <int kShift>
+  static I32 shift_add(I32 high, I32 low) {
+    return (high << kShift) + low;
+  }
+  template <int kShift>
+  static I32 shift_down(I32 v) {
+    return v >> kShift;
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) {
     U8 result;
@@ -161,8 +194,15 @@ struct Lanes {
     return result;
   }
   static uint8_t clip(int32_t value) { return static_cast<uint8_t>(std::min(value, 255)); }
-  static Pairs pairs(const uint8_t* const* rows, size_t column) {
-    Pairs result;
+  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
+    const U8 low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
+    cell[0] = interleave_low(low, fill(0));
+    cell[1] = interleave_high(low, fill(0));
+    cell[2] = interleave_low(high, fill(0));
+    cell[3] = interleave_high(high, fill(0));
+  }
+  static Cells cells(const uint8_t* const* rows, size_t column) {
+    Cells result;
     for (size_t i = 0; i < 8; ++i) {
       I32 v;
       for (size_t r = 0; r < 4; ++r) {

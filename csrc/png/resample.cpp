@@ -19,8 +19,48 @@ inline double rounded(double product) {
   return kept;
 }
 
-// An output pixel's reach is at most 2 scale + 2 pixels wide and may begin and end in the middle of a pair.
-constexpr uint64_t most_pairs(uint64_t in, uint64_t out) { return in + 3 * out; }
+// An output pixel's reach is at most 2 scale + 2 pixels wide and may begin and end in the middle of a cell.
+constexpr uint64_t most_weights(uint64_t in, uint64_t out) { return 2 * in + 2 * out; }
+constexpr uint64_t most_cells(uint64_t in, uint64_t out, uint64_t taps) {
+  return most_weights(in, out) / taps + 2 * out;
+}
+
+// The words of one cell, its digits from the highest on: two 16-bit numbers each or four 8-bit ones.
+void append_cell(const uint32_t* weights, size_t taps, std::vector<int32_t>& words) {
+  const size_t digits = digits_of(taps), bits = 32 / taps;
+  uint32_t word[3] = {};
+  for (size_t i = 0; i < taps; ++i) {
+    uint32_t rest = weights[i];
+    for (size_t d = digits - 1; d > 0; --d) {
+      const uint32_t digit = rest & ((1u << kDigitBits) - 1);
+      word[d] |= digit << i * bits;
+      rest >>= kDigitBits;
+      if (taps == 4) rest += digit >> (kDigitBits - 1);  // as a signed number the digit is 256 less
+    }
+    word[0] |= rest << i * bits;
+  }
+  for (size_t d = 0; d < digits; ++d) words.push_back(static_cast<int32_t>(word[d]));
+}
+
+PackedWeights packed(const Axis& axis, size_t taps) {
+  PackedWeights result;
+  result.spans.reserve(axis.out);
+  result.words.reserve(most_cells(axis.in, axis.out, taps) * digits_of(taps));
+  for (const Axis::Reach& reach : axis.reaches) {
+    const size_t end = reach.first + reach.count, first_cell = reach.first / taps;
+    const size_t cells = (end + taps - 1) / taps - first_cell;
+    result.spans.push_back({static_cast<uint32_t>(first_cell), static_cast<uint32_t>(cells), result.words.size()});
+    for (size_t x = first_cell * taps; x < end; x += taps) {
+      uint32_t weights[4] = {};
+      for (size_t i = 0; i < taps; ++i) {
+        if (x + i >= reach.first && x + i < end) weights[i] = axis.weights[reach.weights_at + x + i - reach.first];
+      }
+      append_cell(weights, taps, result.words);
+    }
+    result.longest_span = std::max(result.longest_span, static_cast<uint32_t>(cells));
+  }
+  return result;
+}
 
 }  // namespace
 
@@ -29,8 +69,8 @@ Axis::Axis(uint32_t in_, uint32_t out_) : in(in_), out(out_) {
   const double scale = static_cast<double>(in) / out;
   const double reach = std::max(scale, 1.0);  // half the width of the triangle, source pixels
   const double shrink = 1.0 / reach;
-  spans.reserve(out);
-  weights.reserve(most_pairs(in, out));
+  reaches.reserve(out);
+  weights.reserve(most_weights(in, out));
   std::vector<double> exact;
   for (uint32_t o = 0; o < out; ++o) {
     const double center = rounded((o + 0.5) * scale);
@@ -42,17 +82,11 @@ Axis::Axis(uint32_t in_, uint32_t out_) : in(in_), out(out_) {
       exact.push_back(std::max(0.0, 1.0 - std::abs(rounded((x - center + 0.5) * shrink))));
       sum += exact.back();
     }
-    const uint32_t first_pair = first / 2, pairs = (end + 1) / 2 - first_pair;
-    spans.push_back({first_pair, pairs, weights.size()});
-    weights.resize(weights.size() + pairs);
-    for (uint32_t x = first; x < end; ++x) {
-      const int32_t weight = static_cast<int32_t>(0.5 + exact[x - first] / sum * (1 << kWeightBits));
-      WeightPair& pair = weights[spans.back().weights_at + x / 2 - first_pair];
-      pair.high[x % 2] = static_cast<int16_t>(weight >> kWeightLowBits);
-      pair.low[x % 2] = static_cast<int16_t>(weight & ((1 << kWeightLowBits) - 1));
-    }
-    longest_span = std::max(longest_span, pairs);
+    reaches.push_back({first, end - first, weights.size()});
+    for (const double weight : exact) weights.push_back(static_cast<uint32_t>(0.5 + weight / sum * (1 << kWeightBits)));
   }
+  pairs = packed(*this, 2);
+  fours = packed(*this, 4);
 }
 
 Resampler::Resampler(uint32_t in_w, uint32_t in_h, uint32_t size) : horizontal(in_w, size), vertical(in_h, size) {
@@ -66,12 +100,19 @@ constexpr Status kNoMemory = {Code::kTooLarge, reason::kOutOfMemory, -1};
 
 constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-constexpr size_t kCachedTile = size_t{1} << 14;
+constexpr size_t kCachedTile = size_t{1} << 15;
 
-// Room for the longest span; apart from that, as much as the first-level cache holds beside the rest.
+const PackedWeights& weights_for(const PixelKernels& kernels, const Axis& axis) {
+  return kernels.taps == 4 ? axis.fours : axis.pairs;
+}
+
+// What the kernels ask for; apart from that, as much as the first-level cache holds beside the rest.
+constexpr size_t tile_nbytes(size_t group_rows, size_t taps, size_t longest_span) {
+  return 4 * group_rows * std::max(kCachedTile / (4 * group_rows), 2 * longest_span + 2 * kBlockColumns / taps);
+}
+
 size_t tile_nbytes(const PixelKernels& kernels, const Axis& axis) {
-  const size_t pair_nbytes = 4 * kernels.lines_at_once;
-  return pair_nbytes * std::max(kCachedTile / pair_nbytes, round_up(axis.longest_span + kTilePairs - 1, kTilePairs));
+  return tile_nbytes(kernels.group_rows, kernels.taps, weights_for(kernels, axis).longest_span);
 }
 
 size_t window_stride(size_t width) { return round_up(kWindowLead + width + kWindowTail, 128) + 64; }
@@ -89,19 +130,18 @@ Status resample_vertical_first(const Resampler& resampler, const uint8_t* grey, 
   uint8_t* halved = scratch.window.data();
   uint32_t* sums = reinterpret_cast<uint32_t*>(scratch.tile.data());
   constexpr uint32_t kHalf = 1u << (kWeightBits - 1);
-  for (const OutputSpan& row_span : vertical.spans) {
+  for (const Axis::Reach& rows : vertical.reaches) {
     std::fill_n(sums, width, kHalf);
-    for (size_t y = 2 * size_t{row_span.first_pair}, i = 0; i < 2 * size_t{row_span.pairs} && y < vertical.in;
-         ++y, ++i) {
-      const uint32_t weight = vertical.weight_at(row_span, i);
-      const uint8_t* row = grey + y * stride_bytes;
+    for (size_t i = 0; i < rows.count; ++i) {
+      const uint32_t weight = vertical.weights[rows.weights_at + i];
+      const uint8_t* row = grey + (rows.first + i) * stride_bytes;
       for (size_t x = 0; x < width; ++x) sums[x] += weight * row[x];
     }
     for (size_t x = 0; x < width; ++x) halved[x] = static_cast<uint8_t>(std::min(sums[x] >> kWeightBits, 255u));
-    for (const OutputSpan& span : horizontal.spans) {
+    for (const Axis::Reach& columns : horizontal.reaches) {
       uint32_t sum = kHalf;
-      for (size_t x = 2 * size_t{span.first_pair}, i = 0; i < 2 * size_t{span.pairs} && x < width; ++x, ++i) {
-        sum += horizontal.weight_at(span, i) * halved[x];
+      for (size_t i = 0; i < columns.count; ++i) {
+        sum += horizontal.weights[columns.weights_at + i] * halved[columns.first + i];
       }
       *out++ = static_cast<uint8_t>(std::min(sum >> kWeightBits, 255u));
     }
@@ -128,15 +168,6 @@ bool begin_above(Buffer& above, size_t width) {
   return true;
 }
 
-// Rows of 8-bit grey into the window; `above` becomes the last of them.
-void unfilter_group(const uint8_t* rows, size_t count, size_t width, const PixelKernels& kernels, Buffer& above_buffer,
-                    uint8_t* window, size_t stride) {
-  uint8_t* above = above_buffer.data() + kAboveLead;
-  kernels.unfilter_rows(rows, count, width, above, window, stride);
-  const uint8_t* last = window + (count - 1) * stride;
-  for (size_t x = 0; x < width; ++x) above[x] = static_cast<uint8_t>(~last[x]);
-}
-
 }  // namespace
 
 size_t RowGroups::group_rows(Isa isa) { return pixel_kernels(isa).group_rows; }
@@ -154,53 +185,52 @@ bool RowGroups::begin(const Resampler& resampler, Scratch& scratch, Isa isa) {
 // At every use: a larger film that begins meanwhile may have found no memory, and left the thread's scratch empty.
 bool RowGroups::reserve_scratch() {
   const Axis &horizontal = resampler_->horizontal, &vertical = resampler_->vertical;
-  if (!scratch_->window.reserve(kernels_->group_rows * window_stride(horizontal.in)) ||
-      !scratch_->tile.reserve(std::max(tile_nbytes(*kernels_, horizontal), tile_nbytes(*kernels_, vertical)))) {
+  if (!scratch_->tile.reserve(std::max(tile_nbytes(*kernels_, horizontal), tile_nbytes(*kernels_, vertical)))) {
     status_ = kNoMemory;
   }
   return status_.ok();
 }
 
-// Calls fill(first, rows, window, stride) to put rows into the window, first counted from those that come now.
-template <typename Fill>
-void RowGroups::add(size_t count, Fill fill) {
-  if (!reserve_scratch()) return;
-  const Axis& horizontal = resampler_->horizontal;
-  const size_t stride = window_stride(horizontal.in), between = halved_stride(resampler_->vertical.in);
-  uint8_t* window = scratch_->window.data() + kWindowLead;
-  for (size_t k = 0; k < count; k += kernels_->group_rows) {
-    const size_t rows = std::min(kernels_->group_rows, count - k);
-    fill(k, rows, window, stride);
-    kernels_->resample_lines(horizontal.spans.data(), horizontal.out, horizontal.weights.data(), window, stride, rows,
-                             halved_.data() + y_, between, scratch_->tile.data(), tile_nbytes(*kernels_, horizontal));
-    y_ += rows;
-  }
-}
-
 void RowGroups::add_filtered(const uint8_t* rows, size_t count) {
   const size_t width = resampler_->horizontal.in;
   if (status_.ok()) status_ = check_filters(rows, width, y_, count);
-  if (!status_.ok()) return;
-  add(count, [&](size_t first, size_t group, uint8_t* window, size_t stride) {
-    unfilter_group(rows + first * (width + 1), group, width, *kernels_, above_, window, stride);
-  });
+  if (!status_.ok() || !reserve_scratch()) return;
+  const Axis& horizontal = resampler_->horizontal;
+  for (size_t k = 0; k < count; k += kernels_->group_rows) {
+    const size_t group = std::min(kernels_->group_rows, count - k);
+    kernels_->unfilter_resample(rows + k * (width + 1), group, width, above_.data() + kAboveLead,
+                                weights_for(*kernels_, horizontal), halved_.data() + y_,
+                                halved_stride(resampler_->vertical.in), scratch_->tile.data(),
+                                tile_nbytes(*kernels_, horizontal));
+    y_ += group;
+  }
 }
 
 void RowGroups::add_grey(const uint8_t* grey, size_t stride_bytes, size_t count) {
-  // Copied, because the caller's rows end where they end.
-  add(count, [&](size_t first, size_t group, uint8_t* window, size_t stride) {
-    for (size_t k = 0; k < group; ++k) {
-      std::memcpy(window + k * stride, grey + (first + k) * stride_bytes, resampler_->horizontal.in);
-    }
-  });
+  const Axis& horizontal = resampler_->horizontal;
+  const size_t stride = window_stride(horizontal.in);
+  if (!reserve_scratch()) return;
+  if (!scratch_->window.reserve(kernels_->group_rows * stride)) {
+    status_ = kNoMemory;
+    return;
+  }
+  uint8_t* window = scratch_->window.data();
+  for (size_t k = 0; k < count; k += kernels_->group_rows) {
+    const size_t group = std::min(kernels_->group_rows, count - k);
+    // Copied, because the caller's rows end where they end.
+    for (size_t i = 0; i < group; ++i) std::memcpy(window + i * stride, grey + (k + i) * stride_bytes, horizontal.in);
+    kernels_->resample_lines(weights_for(*kernels_, horizontal), window, stride, group, halved_.data() + y_,
+                             halved_stride(resampler_->vertical.in), scratch_->tile.data(),
+                             tile_nbytes(*kernels_, horizontal));
+    y_ += group;
+  }
 }
 
 Status RowGroups::finish(uint8_t* out) {
   if (!status_.ok() || !reserve_scratch()) return status_;
   const Axis& vertical = resampler_->vertical;
-  kernels_->resample_lines(vertical.spans.data(), vertical.out, vertical.weights.data(), halved_.data(),
-                           halved_stride(vertical.in), vertical.out, out, vertical.out, scratch_->tile.data(),
-                           tile_nbytes(*kernels_, vertical));
+  kernels_->resample_lines(weights_for(*kernels_, vertical), halved_.data(), halved_stride(vertical.in), vertical.out,
+                           out, vertical.out, scratch_->tile.data(), tile_nbytes(*kernels_, vertical));
   return {};
 }
 
@@ -210,11 +240,18 @@ void RowGroups::release_above(size_t nbytes) {
 }
 
 uint64_t resample_nbytes(uint32_t width, uint32_t height, uint32_t size) {
-  const uint64_t longest = most_pairs(std::max(width, height), size) / size + 2 * kTilePairs;
-  const uint64_t axes = (most_pairs(width, size) + most_pairs(height, size)) * sizeof(WeightPair) +
-                        2 * uint64_t{size} * sizeof(OutputSpan);
-  return axes + unfilter_nbytes(width) + size * halved_stride(height) + kCachedTile + 4 * kMaxLinesAtOnce * longest +
-         4 * uint64_t{width};
+  uint64_t nbytes = unfilter_nbytes(width) + size * halved_stride(height) + kCachedTile + 4 * uint64_t{width};
+  for (const uint64_t side : {width, height}) {
+    nbytes += most_weights(side, size) * sizeof(uint32_t) + size * (sizeof(Axis::Reach) + 2 * sizeof(OutputSpan));
+    for (const uint64_t taps : {2, 4}) nbytes += most_cells(side, size, taps) * digits_of(taps) * sizeof(int32_t);
+  }
+  const uint64_t longest_side = std::max(width, height);
+  uint64_t tile = 0;  // four taps go with groups of kMaxGroupRows, two with half of them
+  for (const uint64_t taps : {2, 4}) {
+    const uint64_t longest_span = most_cells(longest_side, size, taps) / size + 1;
+    tile = std::max<uint64_t>(tile, tile_nbytes(kMaxGroupRows * taps / 4, taps, longest_span));
+  }
+  return nbytes + tile;
 }
 
 uint64_t unfilter_nbytes(uint32_t width) { return kMaxGroupRows * window_stride(width) + above_nbytes(width); }
@@ -259,7 +296,7 @@ Status unfilter_grey8(const uint8_t* rows, uint32_t width, uint32_t height, uint
   uint8_t* window = scratch.window.data() + kWindowLead;
   for (size_t y = 0; y < height; y += kernels.group_rows) {
     const size_t count = std::min<size_t>(kernels.group_rows, height - y);
-    unfilter_group(rows + y * (size_t{width} + 1), count, width, kernels, above, window, stride);
+    kernels.unfilter_rows(rows + y * (size_t{width} + 1), count, width, above.data() + kAboveLead, window, stride);
     for (size_t k = 0; k < count; ++k, grey += width) std::memcpy(grey, window + k * stride, width);
   }
   return {};

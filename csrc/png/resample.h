@@ -25,15 +25,15 @@ struct Axis {
   Axis(uint32_t in, uint32_t out);
 
   uint32_t in, out;
-  std::vector<OutputSpan> spans;    // one for each output pixel
-  std::vector<WeightPair> weights;  // those of one output pixel sum to 2^22 but for rounding
-  uint32_t longest_span = 0;        // pairs
 
-  // The weight of source pixel 2 * span.first_pair + i.
-  uint32_t weight_at(const OutputSpan& span, size_t i) const {
-    const WeightPair& pair = weights[span.weights_at + i / 2];
-    return (static_cast<uint32_t>(pair.high[i % 2]) << kWeightLowBits) + static_cast<uint32_t>(pair.low[i % 2]);
-  }
+  // The source pixels of one output pixel; their weights sum to 2^22 but for rounding.
+  struct Reach {
+    uint32_t first, count;
+    size_t weights_at;
+  };
+  std::vector<Reach> reaches;  // one for each output pixel
+  std::vector<uint32_t> weights;
+  PackedWeights pairs, fours;  // the same by cells of two and of four
 };
 
 // Making one may throw std::bad_alloc; nothing else of this part throws.
@@ -75,8 +75,6 @@ class RowGroups {
 
  private:
   bool reserve_scratch();
-  template <typename Fill>
-  void add(size_t count, Fill fill);
 
   const Resampler* resampler_ = nullptr;
   const PixelKernels* kernels_ = nullptr;
