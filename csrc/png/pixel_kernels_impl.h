@@ -48,7 +48,8 @@ inline __attribute__((always_inline)) void transpose(typename V::U8 (&v)[kPart])
 // ~value = ~predictor - x.
 //
 // The filter of a lane is three masks that turn neighbours into zero before one Paeth predictor for all: None sees only
-// zeros, Sub only a, Up only b. Average lanes see zeros too and add the mean instead.
+// zeros, Sub only a, Up only b. Average sees a and b, but not c: so c is at least both (zero is 255 as a complement),
+// and the lower one is chosen; in its place lies the mean.
 template <typename V, size_t kVectors>
 struct Wavefront {
   using U8 = typename V::U8;
@@ -62,17 +63,18 @@ struct Wavefront {
   static constexpr size_t kBlock = kBlockColumns;
 
   struct Masks {
-    alignas(64) uint8_t a[kRows], b[kRows], c[kRows], mean[kRows];  // 0xff where that neighbour counts as zero
+    alignas(64) uint8_t a[kRows], b[kRows], c[kRows];  // 0xff where that neighbour counts as zero
+    alignas(64) uint8_t mean[kRows];                   // 0xff where the filter is Average
     alignas(64) uint8_t delay[kRows];  // a lane's steps before its first pixel; until then it stays zero
   };
 
   static void set_masks(const uint8_t* rows, size_t count, size_t row_nbytes, Masks& masks) {
     for (size_t k = 0; k < kRows; ++k) {
       const uint8_t filter = k < count ? rows[k * row_nbytes] : static_cast<uint8_t>(kNone);
-      masks.a[k] = filter == kSub || filter == kPaeth ? 0 : 0xff;
-      masks.b[k] = filter == kUp || filter == kPaeth ? 0 : 0xff;
+      masks.a[k] = filter == kSub || filter == kPaeth || filter == kAverage ? 0 : 0xff;
+      masks.b[k] = filter == kUp || filter == kPaeth || filter == kAverage ? 0 : 0xff;
       masks.c[k] = filter == kPaeth ? 0 : 0xff;
-      masks.mean[k] = filter == kAverage ? 0 : 0xff;
+      masks.mean[k] = filter == kAverage ? 0xff : 0;
       masks.delay[k] = static_cast<uint8_t>(delay(k));
     }
   }
@@ -80,12 +82,13 @@ struct Wavefront {
   // The neighbour nearest to a + b - c. With low <= high the values of a and b: if c - low >= 2 (high - c), the sum
   // lies at or below low; if high - c >= 2 (c - low), at or above high; else c is nearest. Subtraction that stops at 0
   // makes that right outside [low, high] too, and equal distances fall as the specification has them (tested over all
-  // 2^24 triples). Where a, b and c are all zero, the result is `mean` instead.
-  static inline __attribute__((always_inline)) U8 predict(U8 a, U8 b, U8 c, U8 mean) {
+  // 2^24 triples). `low_or_mean` takes the place of low. The result is that less x.
+  static inline __attribute__((always_inline)) U8 unfilter(U8 a, U8 b, U8 c, typename V::Where is_average, U8 x) {
     const U8 low = V::min(a, b), high = V::max(a, b);
     const U8 below = V::subtract_to_zero(c, low), over = V::subtract_to_zero(high, c);
-    const U8 high_or_c = V::where_not_less(over, V::add_to_255(below, below), high, c);
-    return V::where_not_less(below, V::add_to_255(over, over), V::both(low, mean), high_or_c);
+    const U8 low_or_mean = V::mean_where(is_average, a, b, low);
+    return V::nearest_less(x, over, V::add_to_255(below, below), high, below, V::add_to_255(over, over), low_or_mean,
+                           c);
   }
 
   // Un-filters rows and calls done(block, step, steps) after each block of steps: block[t][k] is lane k's result of
@@ -109,6 +112,8 @@ struct Wavefront {
     U8 left[kVectors], above_left[kVectors], carried[kVectors];
     for (size_t v = 0; v < kVectors; ++v) left[v] = above_left[v] = carried[v] = zeros;
     carried[0] = V::carry(V::load_unaligned(above + 1 - kBytes), zeros);
+    typename V::Where is_average[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) is_average[v] = V::where(V::load(masks.mean + v * kBytes));
 
     const size_t last_delay = delay(count - 1), steps = width + last_delay;
     for (size_t step = 0; step < steps; step += kBlock) {
@@ -143,8 +148,7 @@ struct Wavefront {
           const size_t at = v * kBytes;
           const U8 a = V::either(left[v], V::load(masks.a + at));
           const U8 b = V::either(up[v], V::load(masks.b + at));
-          const U8 mean = V::either(V::mean(left[v], up[v]), V::load(masks.mean + at));
-          left[v] = V::subtract(predict(a, b, above_left[v], mean), V::load(block[t] + at));
+          left[v] = unfilter(a, b, above_left[v], is_average[v], V::load(block[t] + at));
           above_left[v] = V::either(b, V::load(masks.c + at));
           V::store(block[t] + at, left[v]);
         }

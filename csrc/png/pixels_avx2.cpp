@@ -24,6 +24,7 @@ struct Lanes {
   static constexpr size_t kBytes = 32;
   using U8 = __m256i;
   using I32 = __m256i;
+  using Where = U8;
   static constexpr size_t kTaps = 2;
   struct Cells {
     __m256i v[8];
@@ -78,6 +79,11 @@ struct Lanes {
   // Lane by lane: a >= b ? yes : no.
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(_mm256_max_epu8(a, b), a));
+  }
+  static Where where(U8 mask) { return mask; }
+  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
+  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
+    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
   }
   // Part q of the result is the part before part q of v; part 0 is the last part of `before`.
   static U8 carry(U8 before, U8 v) { return _mm256_permute2x128_si256(before, v, 0x21); }

@@ -34,6 +34,7 @@ struct Lanes {
   static constexpr size_t kBytes = 64;
   using U8 = __m512i;
   using I32 = __m512i;
+  using Where = uint64_t;  // a bit for each lane
   static constexpr size_t kTaps = 4;
   struct Cells {
     __m512i v[4];
@@ -90,6 +91,12 @@ struct Lanes {
   static U8 add_to_255(U8 a, U8 b) { return _mm512_adds_epu8(a, b); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     return _mm512_mask_blend_epi8(_mm512_cmpge_epu8_mask(a, b), no, yes);
+  }
+  static Where where(U8 mask) { return _mm512_movepi8_mask(mask); }
+  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return _mm512_mask_avg_epu8(no, where, a, b); }
+  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
+    const U8 high_or_c = _mm512_mask_sub_epi8(_mm512_sub_epi8(c, x), _mm512_cmpge_epu8_mask(over, below2), high, x);
+    return _mm512_mask_sub_epi8(high_or_c, _mm512_cmpge_epu8_mask(below, over2), low, x);
   }
   static U8 carry(U8 before, U8 v) { return _mm512_alignr_epi64(v, before, 6); }
   static U8 shift_in(U8 carried, U8 v) { return _mm512_alignr_epi8(v, carried, 15); }

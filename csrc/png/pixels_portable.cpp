@@ -18,6 +18,7 @@ struct Lanes {
   static constexpr size_t kBytes = 16;
   using U8 = __m128i;
   using I32 = __m128i;
+  using Where = U8;
   static constexpr size_t kTaps = 2;
   struct Cells {
     __m128i v[8];
@@ -56,6 +57,11 @@ struct Lanes {
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     const U8 mask = _mm_cmpeq_epi8(_mm_max_epu8(a, b), a);
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
+  }
+  static Where where(U8 mask) { return mask; }
+  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
+  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
+    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
   }
   static U8 carry(U8 before, U8) { return _mm_srli_si128(before, 15); }
   static U8 shift_in(U8 carried, U8 v) { return _mm_or_si128(_mm_slli_si128(v, 1), carried); }
@@ -123,6 +129,7 @@ struct Lanes {
   static constexpr size_t kBytes = 16;
   typedef uint8_t U8 __attribute__((vector_size(16)));
   typedef int32_t I32 __attribute__((vector_size(16)));
+  using Where = U8;
   static constexpr size_t kTaps = 2;
   struct Cells {
     U8 v[8];
@@ -165,6 +172,11 @@ struct Lanes {
   static U8 subtract_to_zero(U8 a, U8 b) { return max(a, b) - b; }
   static U8 add_to_255(U8 a, U8 b) { return a + min(b, ~a); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) { return a >= b ? yes : no; }
+  static Where where(U8 mask) { return mask; }
+  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
+  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
+    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
+  }
   static U8 carry(U8 before, U8) { return before; }
   static U8 shift_in(U8 carried, U8 v) {
     return __builtin_shufflevector(carried, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
