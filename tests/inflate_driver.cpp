@@ -2,9 +2,11 @@
 //
 // stdin: calls, each one: u8 level (0, 1, 2: inflate_zlib at that Isa; 255: inflate_zlib_careful), u32 number of jobs,
 // u32 segment_nbytes (0: whole), then per job u64 in_nbytes, u64 out_nbytes, the stream. stdout: per job u8 code, i64
-// offset, u8 length of the message, the message, and the out_nbytes bytes where the code is ok. Every buffer is an
+// offset, u8 whether a job by segments was left to the careful decoder, u8 length of the message, the message, and the
+// out_nbytes bytes where the code is ok. Every buffer is an
 // allocation of its own with exactly the padding that inflate.h asks for (none for the careful decoder), so that
 // AddressSanitizer sees one byte too many.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,6 +55,7 @@ class SegmentFeed final : public InflateFeed {
     outs_[static_cast<size_t>(&job - jobs_.data())].clear();
     windows_.push_back(bytes(job.out_nbytes));
     job.out = windows_.back().get();
+    left_.push_back(&job);
     return true;
   }
   void finished(InflateJob& job) override {
@@ -61,8 +64,13 @@ class SegmentFeed final : public InflateFeed {
     if (job.status.ok() && job.segment_nbytes > 0 && out.size() != job.out_nbytes) std::exit(5);
   }
 
+  bool left_to_careful(const InflateJob& job) const {
+    return std::find(left_.begin(), left_.end(), &job) != left_.end();
+  }
+
  private:
   std::vector<InflateJob>& jobs_;
+  std::vector<const InflateJob*> left_;
   std::vector<std::vector<uint8_t>> outs_;
   std::vector<std::unique_ptr<uint8_t[]>> windows_;
   size_t next_ = 0;
@@ -105,6 +113,8 @@ int main(int argc, char**) {
       const uint8_t message_nbytes = static_cast<uint8_t>(std::strlen(job.status.message));
       put(&job.status.code);
       put(&job.status.offset);
+      const uint8_t left = feed != nullptr && feed->left_to_careful(job);
+      put(&left);
       put(&message_nbytes);
       put(job.status.message, message_nbytes);
       if (job.status.ok() && job.out_nbytes > 0) put(job.out, job.out_nbytes);
