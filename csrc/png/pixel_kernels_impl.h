@@ -65,7 +65,8 @@ struct Wavefront {
   struct Masks {
     alignas(64) uint8_t a[kRows], b[kRows], c[kRows];  // 0xff where that neighbour counts as zero
     alignas(64) uint8_t mean[kRows];                   // 0xff where the filter is Average
-    alignas(64) uint8_t delay[kRows];  // a lane's steps before its first pixel; until then it stays zero
+    // For the vector of steps k, kPart + k, .. of a part's lanes: what k must reach for those to be pixels of the row.
+    alignas(64) uint8_t wait[kRows / kPart][kBytes];
   };
 
   static void set_masks(const uint8_t* rows, size_t count, size_t row_nbytes, Masks& masks) {
@@ -75,7 +76,10 @@ struct Wavefront {
       masks.b[k] = filter == kUp || filter == kPaeth || filter == kAverage ? 0 : 0xff;
       masks.c[k] = filter == kPaeth ? 0 : 0xff;
       masks.mean[k] = filter == kAverage ? 0xff : 0;
-      masks.delay[k] = static_cast<uint8_t>(delay(k));
+      for (size_t i = k % kPart; i < kBytes; i += kPart) {
+        const size_t first_step = i / kPart * kPart;
+        masks.wait[k / kPart][i] = static_cast<uint8_t>(std::max(delay(k), first_step) - first_step);
+      }
     }
   }
 
@@ -108,6 +112,8 @@ struct Wavefront {
       source[k] = rows + row * row_nbytes + 1 - delay(row);
     }
 
+    // What goes into a block of steps, a part's lanes after another's: whole vectors are stored.
+    alignas(64) uint8_t input[kRows / kPart][kBlock][kPart];
     const U8 zeros = V::fill(0xff);  // as complements
     U8 left[kVectors], above_left[kVectors], carried[kVectors];
     for (size_t v = 0; v < kVectors; ++v) left[v] = above_left[v] = carried[v] = zeros;
@@ -117,7 +123,7 @@ struct Wavefront {
 
     const size_t last_delay = delay(count - 1), steps = width + last_delay;
     for (size_t step = 0; step < steps; step += kBlock) {
-      uint8_t (*const block)[kRows] = ring + step % kRing;  // what goes into each step, then what came out of it
+      uint8_t (*const block)[kRows] = ring + step % kRing;
       const size_t block_steps = std::min(kBlock, (steps - step + kBytes - 1) / kBytes * kBytes);
       for (size_t part = 0; part < kRows; part += kPart) {
         for (size_t t = 0; t < block_steps; t += kBytes) {
@@ -125,18 +131,21 @@ struct Wavefront {
 #pragma GCC unroll 16
           for (size_t k = 0; k < kPart; ++k) x[k] = V::load_unaligned(source[part + k] + step + t);
           transpose<V>(x);
+          uint8_t* const to = input[part / kPart][t];
 #pragma GCC unroll 16
-          for (size_t k = 0; k < kPart; ++k) V::store_parts(block[t + k] + part, kPart * kRows, x[k]);
+          for (size_t k = 0; k < kPart; ++k) V::store(to + k * kBytes, x[k]);
+          if (step + t < delay(part + kPart - 1)) {  // zero up to the first pixel
+            const U8 wait = V::load(masks.wait[part / kPart]);
+            for (size_t k = 0; k < kPart; ++k) {
+              const U8 now = V::fill(static_cast<uint8_t>(step + t + k));
+              V::store(to + k * kBytes, V::where_not_less(now, wait, V::load(to + k * kBytes), V::fill(0)));
+            }
+          }
         }
       }
-      for (size_t t = 0; t < block_steps && step + t < delay(kRows - 1); ++t) {
-        for (size_t v = 0; v < kVectors; ++v) {
-          uint8_t* at = block[t] + v * kBytes;
-          const U8 now = V::fill(static_cast<uint8_t>(step + t));
-          V::store(at, V::where_not_less(now, V::load(masks.delay + v * kBytes), V::load(at), V::fill(0)));
-        }
-      }
-      for (size_t t = 0; t < block_steps; ++t) {
+      const size_t needed_steps = std::min(block_steps, steps - step);
+      for (size_t t = 0; t < needed_steps; ++t) {
+        const size_t input_at = t / kBytes * kBytes + t % kPart * (kBytes / kPart) + t % kBytes / kPart;
         U8 up[kVectors];
 #pragma GCC unroll 8
         for (size_t v = 0; v < kVectors; ++v) {
@@ -148,7 +157,8 @@ struct Wavefront {
           const size_t at = v * kBytes;
           const U8 a = V::either(left[v], V::load(masks.a + at));
           const U8 b = V::either(up[v], V::load(masks.b + at));
-          left[v] = unfilter(a, b, above_left[v], is_average[v], V::load(block[t] + at));
+          left[v] =
+              unfilter(a, b, above_left[v], is_average[v], V::load_parts(input[at / kPart][input_at], sizeof input[0]));
           above_left[v] = V::either(b, V::load(masks.c + at));
           V::store(block[t] + at, left[v]);
         }

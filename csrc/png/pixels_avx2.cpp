@@ -55,10 +55,6 @@ struct Lanes {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
                                    _mm_load_si128(reinterpret_cast<const __m128i*>(parts[1] + offset)), 1);
   }
-  static void store_parts(uint8_t* p, size_t stride, U8 v) {
-    _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
-    _mm_store_si128(reinterpret_cast<__m128i*>(p + stride), _mm256_extracti128_si256(v, 1));
-  }
   static U8 interleave_low(U8 a, U8 b) { return _mm256_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm256_unpackhi_epi8(a, b); }
   // Lanes 1, 3, 5 .. of odd, the others of even.

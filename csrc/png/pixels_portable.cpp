@@ -33,7 +33,6 @@ struct Lanes {
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
   static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
   static U8 load_parts_of(const uint8_t* const* parts, size_t offset) { return load(parts[0] + offset); }
-  static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) { return _mm_unpacklo_epi8(a, b); }
   static U8 interleave_high(U8 a, U8 b) { return _mm_unpackhi_epi8(a, b); }
@@ -148,7 +147,6 @@ struct Lanes {
   static U8 gather_parts(const uint8_t* const* rows, size_t offset) { return load_unaligned(rows[0] + offset); }
   static U8 load_parts(const uint8_t* p, size_t) { return load(p); }
   static U8 load_parts_of(const uint8_t* const* parts, size_t offset) { return load(parts[0] + offset); }
-  static void store_parts(uint8_t* p, size_t, U8 v) { store(p, v); }
 
   static U8 interleave_low(U8 a, U8 b) {
     return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
