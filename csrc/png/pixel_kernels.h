@@ -16,10 +16,9 @@ namespace cxrfast::png {
 // Stored whole, they reach up to kWindowLead columns before the row and kWindowTail behind it. Row strides hold that
 // much more, and neither part is ever read as a pixel.
 constexpr size_t kMaxGroupRows = 128;
-constexpr size_t kMaxLinesAtOnce = 64;
 constexpr size_t kMaxDelay = kMaxGroupRows - 1 + (kMaxGroupRows - 1) / 16;
-static_assert(kMaxDelay <= 255);
 constexpr size_t kTransposeColumns = 16;
+static_assert(kMaxDelay + kTransposeColumns <= 255);  // so that steps up to a row's first pixel are counted in bytes
 constexpr size_t kBlockColumns = 64;
 constexpr size_t kWindowLead = (kMaxDelay + 63) / 64 * 64;
 constexpr size_t kWindowTail = kMaxDelay + kBlockColumns;
@@ -60,8 +59,7 @@ struct PackedWeights {
 struct PixelKernels {
   // Rows in one call of unfilter_rows; at most kMaxGroupRows.
   size_t group_rows;
-  size_t lines_at_once;  // of resample_lines
-  size_t taps;           // Note [cells]
+  size_t taps;  // Note [cells]
 
   // Un-filters `count` rows (1 .. group_rows) of 1 + width bytes into the window. All filter bytes are at most 4.
   // rows: the first row's filter byte; kBlockColumns bytes behind the last row are readable.

@@ -164,11 +164,13 @@ struct Wavefront {
         }
       }
       // The last row is the one above the next group. Its columns were all read as such at least a step ago.
-      const size_t first = last_delay > step ? last_delay - step : 0;
-      const uint8_t* last_row = &block[first][count - 1];
-      uint8_t* to = above + (step + first - last_delay);
+      if (step + block_steps > last_delay) {
+        const size_t first = last_delay > step ? last_delay - step : 0;
+        const uint8_t* last_row = &block[first][count - 1];
+        uint8_t* to = above + (step + first - last_delay);
 #pragma GCC unroll 8
-      for (size_t t = first; t < block_steps; ++t, last_row += kRows) *to++ = *last_row;
+        for (size_t t = first; t < block_steps; ++t, last_row += kRows) *to++ = *last_row;
+      }
       done(block, step, block_steps);
     }
   }
@@ -198,7 +200,6 @@ template <typename V>
 struct Lines {
   using U8 = typename V::U8;
   using I32 = typename V::I32;
-  static_assert(V::kBytes <= kMaxLinesAtOnce);
   static constexpr size_t kLines = V::kBytes;           // in one go, as four vectors of 32-bit sums
   static constexpr size_t kCellNbytes = 4 * V::kBytes;  // one cell of all those lines
   static constexpr size_t kChunkCells = kTransposeColumns / V::kTaps;
@@ -418,13 +419,9 @@ void sum_pixels(const uint8_t* pixels, size_t count, int64_t* sum_ret, int64_t* 
 
 template <typename V, size_t kVectors>
 constexpr PixelKernels kernels_of() {
-  return {Wavefront<V, kVectors>::kRows,
-          V::kBytes,
-          V::kTaps,
-          Wavefront<V, kVectors>::unfilter_rows,
-          Lines<V>::resample_lines,
-          Columns<V, kVectors>::unfilter_resample,
-          sum_pixels<V>};
+  return {Wavefront<V, kVectors>::kRows,           V::kTaps,
+          Wavefront<V, kVectors>::unfilter_rows,   Lines<V>::resample_lines,
+          Columns<V, kVectors>::unfilter_resample, sum_pixels<V>};
 }
 
 }  // namespace
