@@ -11,8 +11,9 @@
 // entries of 64 bits.
 //
 // The text is macros of the assembler, a part of a step each, for the numbers and registers of one stream.
-// Registers: rdi the lanes   rax the entries' sum, then minus the length   rbx, rcx, rdx scratch; rcx then the
-// distance, rdx its source, rbx its bits   P position   O out   L bits that are left over, then the bits of this step
+// Registers: rdi the lanes   rax the entries' sum, then minus the length   rbx, rcx, rdx scratch; in the end
+// the index of the distance, the distance and its source   P position   O out   L bits that are left over, then the
+// bits of this step
 
 // [distance - 1]: what repeats the last `distance` bytes over a copy.
 struct Repeats {
@@ -64,17 +65,17 @@ template <int K>
     movl %%\L32, %%ebx
     andl $(1 << %c[index_bits]) - 1, %%ebx
     movq \k*%c[size](%%rdi,%%rbx,8), %%rax
+    movq %%\P, %%rdx
+    shrq $3, %%rdx
+    movl %%\P32, %%\L32
+    andl $7, %%\L32
+    shrx %%\L, (%%rdx), %%\L
     testq %%rax, %%rax
     jz 1\k\()f
   2\k:
     vmovd \k*%c[size]+2(%%rdi,%%rbx,8), %%xmm0
     vmovd %%xmm0, (%%\O)
     movzbl \k*%c[size]+6(%%rdi,%%rbx,8), %%ecx
-    movq %%\P, %%rdx
-    shrq $3, %%rdx
-    movl %%\P32, %%\L32
-    andl $7, %%\L32
-    shrx %%\L, (%%rdx), %%\L
     bextr %%rax, %%\L, %%rdx
     movq \k*%c[size](%%rdi,%%rdx,8), %%rbx
     vmovd \k*%c[size]+2(%%rdi,%%rdx,8), %%xmm0
@@ -94,12 +95,12 @@ template <int K>
     sarq %[length_shift], %%rax
     cmovns %c[neutral](%%rdi), %%rbx
   9\k:
+    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%edx
     movzwl \k*%c[size]+%c[distances]+4(%%rdi,%%rbx,8), %%ecx
     bextr %%rcx, %%\L, %%rcx
+    shrx %%rdx, %%\L, %%\L
+    addq %%rdx, %%\P
     addl \k*%c[size]+%c[distances](%%rdi,%%rbx,8), %%ecx
-    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%ebx
-    shrx %%rbx, %%\L, %%\L
-    addq %%rbx, %%\P
     movq %%\O, %%rdx
     subq %%rcx, %%rdx
     cmpq \k*%c[size]+%c[begin](%%rdi), %%rdx
@@ -113,13 +114,9 @@ template <int K>
   .endm
 
   .macro rare k, P, P32, O, L, L32
-  1\k: # the bits that were left over may be too few
+  1\k:
     movzwl \k*%c[size]+%c[long_at](%%rdi,%%rbx,2), %%ebx
-    movq %%\P, %%rdx
-    shrq $3, %%rdx
-    movl %%\P32, %%ecx
-    andl $7, %%ecx
-    shrx %%rcx, (%%rdx), %%rcx
+    movl %%\L32, %%ecx
     shrl %[index_bits], %%ecx
     andl $(1 << %c[long_bits]) - 1, %%ecx
     movzwl %c[reversed](%%rdi,%%rcx,2), %%ecx
@@ -132,6 +129,7 @@ template <int K>
     movl $\k, %%edx
     jmp 8f
   4\k: # what follows still needs its 32 bytes a step
+    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%ebx
     movq %%rbx, %c[distance_bits](%%rdi)
     movq %%\O, %%rcx
     subq %%rax, %%rcx
@@ -157,6 +155,7 @@ template <int K>
     movl $\k, %%edx
     jmp 8f
   6\k:
+    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%ebx
     testq %%rax, %%rax
     jz 5\k\()b
     movl %%ecx, %%edx
