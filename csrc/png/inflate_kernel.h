@@ -47,8 +47,9 @@ constexpr int kLiteralShift = 16, kCountShift = 48, kMinusLengthShift = 56;
 constexpr uint64_t kLiteralMask = uint64_t{0xFFFFFF} << kLiteralShift;
 constexpr uint64_t kNothing = uint64_t{kIndexBits} << 8;  // no bits, no literal
 
-// A distance entry: bits 0-31 base   32-39 code length   40-47 count of the extra bits   48-55 bits used, both
-constexpr int kExtraShift = 32, kDistanceUsedShift = 48;
+// A distance entry: bits 0-31 base   32-47 where the extra bits are, for BEXTR, or a mask   48-55 bits used, extra
+// included   56-63 code length
+constexpr int kExtraShift = 32, kDistanceUsedShift = 48, kDistanceCodeShift = 56;
 constexpr size_t kNeutral = 1 << kDistanceIndexBits;
 // The neutral distance: far enough back that its bytes have left the store queue.
 constexpr uint64_t kNoDistance = 512;
@@ -555,8 +556,13 @@ struct Stream {
         if (*symbol >= kMaxDynamicDistanceSymbols) continue;
         const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
         const uint64_t base = kDistanceBase[*symbol] | (kDistanceBase[*symbol] < kMaxCopy ? kAbsurdDistance : 0);
-        const uint64_t entry =
-            base | (extra_bits << 8 | code_length) << kExtraShift | (code_length + extra_bits) << kDistanceUsedShift;
+#ifdef CXRFAST_INFLATE_BMI2
+        const uint64_t where = extra_bits << 8 | code_length;
+#else
+        const uint64_t where = (uint64_t{1} << extra_bits) - 1;
+#endif
+        const uint64_t entry = base | where << kExtraShift | (code_length + extra_bits) << kDistanceUsedShift |
+                               code_length << kDistanceCodeShift;
         const uint32_t code = code_bits(next);  // first bit lowest
         if (length <= kDistanceIndexBits) {
           for (uint32_t at = code; at < kIndexes; at += 1u << length) distances[at] = entry;
@@ -663,6 +669,10 @@ inline bool copy_near(const Stream& stream, uint8_t* to, uint64_t distance, size
   return true;
 }
 
+inline uint64_t distance_of(uint64_t entry, uint64_t bits) {
+  return static_cast<uint32_t>(entry) + (bits >> (entry >> kDistanceCodeShift) & (entry >> kExtraShift & 0xFFFF));
+}
+
 // One step of stream k. See Note [a step]. False: it stops, and stopped_ret says why.
 template <int k>
 [[gnu::always_inline]] inline bool step(const Stream& stream, uint64_t& position, uint8_t*& out, uint64_t& steps,
@@ -692,16 +702,19 @@ template <int k>
 
   const uint64_t any = 0 - (entry >> 63);
   uint64_t found = stream.distances[((bits % (1 << kDistanceIndexBits)) & any) | (~any & kNeutral)];
-  if (found == kAbsurdDistance) [[unlikely]] {
-    found = stream.distances[stream.long_distance_at[bits % (1 << kDistanceIndexBits)] +
-                             (bits >> kDistanceIndexBits) % (1 << kLongDistanceBits)];
-  }
-  const uint64_t extra_bits = found >> (kExtraShift + 8) & 15;
-  const uint64_t extra = bits >> (found >> kExtraShift & 15) & ((uint64_t{1} << extra_bits) - 1);
-  const uint64_t distance = static_cast<uint32_t>(found) + extra;
-  const uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
+  uint64_t distance = distance_of(found, bits);
+  uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
   if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
-    if (!copy_near(stream, to, distance, length)) {
+    if (found == kAbsurdDistance) {
+      found = stream.distances[stream.long_distance_at[bits % (1 << kDistanceIndexBits)] +
+                               (bits >> kDistanceIndexBits) % (1 << kLongDistanceBits)];
+      distance = distance_of(found, bits);
+      from = reinterpret_cast<uint64_t>(to) - distance;
+    }
+    const bool is_far = static_cast<int64_t>(from) >= reinterpret_cast<int64_t>(stream.out_begin);
+    if (is_far && length <= kMaxCopy) {
+      std::memcpy(to, reinterpret_cast<const uint8_t*>(from), kMaxCopy);
+    } else if (is_far || !copy_near(stream, to, distance, length)) {
       out = to;
       stopped_ret = {Stop::kMatch, k, length};
       return false;
