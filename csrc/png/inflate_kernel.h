@@ -13,8 +13,7 @@
 //   stale bytes to where the next step writes, and the length 0 makes nothing of it.
 // Three branches are left, all rarely taken:
 // - An empty entry at the first look-up: a code or a length's extra bits that do not fit into the index. There are
-//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the end of the
-//   block).
+//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the block's end).
 // - A length above 16: the copy goes on.
 // - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
 //   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true
@@ -374,8 +373,7 @@ struct Stream {
     }
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
-    uint8_t bits_of[kEndOfBlock];  // only of literals with codes within the index, and where more might fit than into
-                                   // an entry
+    uint8_t bits_of[kEndOfBlock];  // of literals within the index, where more might fit into it than into an entry
     if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
       symbol = literal_code.symbol;
       for (int length = 1; length <= kIndexBits; ++length) {
