@@ -51,7 +51,7 @@ constexpr uint64_t kNothing = uint64_t{kIndexBits} << 8;  // no bits, no literal
 constexpr int kExtraShift = 32, kDistanceUsedShift = 48, kDistanceCodeShift = 56;
 constexpr size_t kNeutral = 1 << kDistanceIndexBits;
 // The neutral distance: far enough back that its bytes have left the store queue.
-constexpr uint64_t kNoDistance = 512;
+constexpr uint64_t kNoDistance = 128;
 constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
 
