@@ -51,9 +51,7 @@ template <int K>
   lanes.steps = steps;
   asm volatile(
       R"(
-  .macro load k, P, P32, O, L, L32
-    movq \k*%c[size]+%c[position](%%rdi), %%\P
-    movq \k*%c[size]+%c[out](%%rdi), %%\O
+  .macro peek P, P32, L, L32
     movq %%\P, %%rdx
     shrq $3, %%rdx
     movl %%\P32, %%\L32
@@ -61,15 +59,17 @@ template <int K>
     shrx %%\L, (%%rdx), %%\L
   .endm
 
+  .macro load k, P, P32, O, L, L32
+    movq \k*%c[size]+%c[position](%%rdi), %%\P
+    movq \k*%c[size]+%c[out](%%rdi), %%\O
+    peek \P, \P32, \L, \L32
+  .endm
+
   .macro step k, P, P32, O, L, L32
     movl %%\L32, %%ebx
     andl $(1 << %c[index_bits]) - 1, %%ebx
     movq \k*%c[size](%%rdi,%%rbx,8), %%rax
-    movq %%\P, %%rdx
-    shrq $3, %%rdx
-    movl %%\P32, %%\L32
-    andl $7, %%\L32
-    shrx %%\L, (%%rdx), %%\L
+    peek \P, \P32, \L, \L32
     testq %%rax, %%rax
     jz 1\k\()f
   2\k:
@@ -219,6 +219,7 @@ template <int K>
     movq %%rdx, %c[stream](%%rdi)
     movq %%rax, %c[minus_length](%%rdi)
 
+  .purgem peek
   .purgem load
   .purgem step
   .purgem rare

@@ -62,6 +62,9 @@ struct Wavefront {
   // each read one column further left, lie 1024 bytes apart, and a first-level cache has only four places for those.)
   static constexpr size_t kBlock = kBlockColumns;
 
+  // A mask is a vector of 0xff and 0, or a register of its own kind with operations that take one.
+  static constexpr bool kByteMasks = sizeof(typename V::Where) == kBytes;
+
   struct Masks {
     alignas(64) uint8_t a[kRows], b[kRows], c[kRows];  // 0xff where that neighbour counts as zero
     alignas(64) uint8_t mean[kRows];                   // 0xff where the filter is Average
@@ -90,9 +93,13 @@ struct Wavefront {
   static inline __attribute__((always_inline)) U8 unfilter(U8 a, U8 b, U8 c, typename V::Where is_average, U8 x) {
     const U8 low = V::min(a, b), high = V::max(a, b);
     const U8 below = V::subtract_to_zero(c, low), over = V::subtract_to_zero(high, c);
-    const U8 low_or_mean = V::mean_where(is_average, a, b, low);
-    return V::nearest_less(x, over, V::add_to_255(below, below), high, below, V::add_to_255(over, over), low_or_mean,
-                           c);
+    const U8 below2 = V::add_to_255(below, below), over2 = V::add_to_255(over, over);
+    if constexpr (kByteMasks) {
+      const U8 low_or_mean = V::max(low, V::both(V::mean(a, b), is_average));
+      return V::subtract(V::where_not_less(below, over2, low_or_mean, V::where_not_less(over, below2, high, c)), x);
+    } else {
+      return V::nearest_less(x, over, below2, high, below, over2, V::mean_where(is_average, a, b, low), c);
+    }
   }
 
   // Un-filters rows and calls done(block, step, steps) after each block of steps: block[t][k] is lane k's result of
@@ -119,7 +126,14 @@ struct Wavefront {
     for (size_t v = 0; v < kVectors; ++v) left[v] = above_left[v] = carried[v] = zeros;
     carried[0] = V::carry(V::load_unaligned(above + 1 - kBytes), zeros);
     typename V::Where is_average[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) is_average[v] = V::where(V::load(masks.mean + v * kBytes));
+    for (size_t v = 0; v < kVectors; ++v) {
+      const U8 mean = V::load(masks.mean + v * kBytes);
+      if constexpr (kByteMasks) {
+        is_average[v] = mean;
+      } else {
+        is_average[v] = V::where(mean);
+      }
+    }
 
     const size_t last_delay = delay(count - 1), steps = width + last_delay;
     for (size_t step = 0; step < steps; step += kBlock) {
@@ -319,6 +333,24 @@ struct Columns {
   }
   static_assert(lag(0) <= kRing - W::kBlock && lag(kVectors - 1) - W::delay((kVectors - 1) * kBytes) <= W::kBlock);
 
+  // The cell of kTaps columns of lines: in each part, vector j holds its lines 4 j .. 4 j + 3.
+  static inline __attribute__((always_inline)) void interleave_cell(const U8* columns, U8 (&cell)[4]) {
+    const U8 low = V::interleave_low(columns[0], columns[1]), high = V::interleave_high(columns[0], columns[1]);
+    if constexpr (kTaps == 2) {
+      const U8 zero = V::fill(0);
+      cell[0] = V::interleave_low(low, zero);
+      cell[1] = V::interleave_high(low, zero);
+      cell[2] = V::interleave_low(high, zero);
+      cell[3] = V::interleave_high(high, zero);
+    } else {
+      const U8 low2 = V::interleave_low(columns[2], columns[3]), high2 = V::interleave_high(columns[2], columns[3]);
+      cell[0] = V::interleave_pairs_low(low, low2);
+      cell[1] = V::interleave_pairs_high(low, low2);
+      cell[2] = V::interleave_pairs_low(high, high2);
+      cell[3] = V::interleave_pairs_high(high, high2);
+    }
+  }
+
   // Columns y .. y + 15 of the rows of vector v into the tile, where `at` is the place of column y.
   static inline __attribute__((always_inline)) void align(const uint8_t (*ring)[W::kRows], size_t v, size_t y,
                                                           uint8_t* at) {
@@ -337,7 +369,7 @@ struct Columns {
 #pragma GCC unroll 8
     for (size_t i = 0; i < kChunk; i += kTaps) {
       U8 cell[4];
-      V::interleave_cell(step + i, cell);
+      interleave_cell(step + i, cell);
 #pragma GCC unroll 4
       for (size_t j = 0; j < 4; ++j) {
         const ptrdiff_t behind = static_cast<ptrdiff_t>(i / kTaps) - static_cast<ptrdiff_t>(j * 4 / kTaps);

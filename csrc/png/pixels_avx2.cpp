@@ -76,11 +76,6 @@ struct Lanes {
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(_mm256_max_epu8(a, b), a));
   }
-  static Where where(U8 mask) { return mask; }
-  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
-  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
-    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
-  }
   // Part q of the result is the part before part q of v; part 0 is the last part of `before`.
   static U8 carry(U8 before, U8 v) { return _mm256_permute2x128_si256(before, v, 0x21); }
   // In each part, lane i is v's lane i - 1; lane 0 is the last lane of the same part of `carried`.
@@ -104,15 +99,6 @@ struct Lanes {
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) {
     return _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-  }
-  // The cell of kTaps columns of lines: in each part, vector j holds its lines 4 j .. 4 j + 3.
-  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
-    const __m256i zero = _mm256_setzero_si256();
-    const __m256i low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
-    cell[0] = interleave_low(low, zero);
-    cell[1] = interleave_high(low, zero);
-    cell[2] = interleave_low(high, zero);
-    cell[3] = interleave_high(high, zero);
   }
   // Lanes: rows[0 .. 3] and rows[16 .. 19]; vector i: columns 2 i and 2 i + 1 from `column` on, as 16-bit numbers.
   static Cells cells(const uint8_t* const* rows, size_t column) {

@@ -70,6 +70,8 @@ struct Lanes {
   static U8 complement_odd_pairs(U8 even, U8 odd) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(-0x10000), even, odd, 0x53);  // ~(mask ? odd : even)
   }
+  static U8 interleave_pairs_low(U8 a, U8 b) { return _mm512_unpacklo_epi16(a, b); }
+  static U8 interleave_pairs_high(U8 a, U8 b) { return _mm512_unpackhi_epi16(a, b); }
   static U8 both(U8 a, U8 b) { return _mm512_and_si512(a, b); }
   static U8 either(U8 a, U8 b) { return _mm512_or_si512(a, b); }
   static U8 complement(U8 a) { return _mm512_xor_si512(a, fill(0xff)); }
@@ -109,14 +111,6 @@ struct Lanes {
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) {
     return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-  }
-  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
-    const __m512i low[2] = {interleave_low(columns[0], columns[1]), interleave_low(columns[2], columns[3])};
-    const __m512i high[2] = {interleave_high(columns[0], columns[1]), interleave_high(columns[2], columns[3])};
-    cell[0] = _mm512_unpacklo_epi16(low[0], low[1]);
-    cell[1] = _mm512_unpackhi_epi16(low[0], low[1]);
-    cell[2] = _mm512_unpacklo_epi16(high[0], high[1]);
-    cell[3] = _mm512_unpackhi_epi16(high[0], high[1]);
   }
   static Cells cells(const uint8_t* const* rows, size_t column) {
     const __m512i a = gather_parts(rows, column), b = gather_parts(rows + 1, column);

@@ -57,11 +57,6 @@ struct Lanes {
     const U8 mask = _mm_cmpeq_epi8(_mm_max_epu8(a, b), a);
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
   }
-  static Where where(U8 mask) { return mask; }
-  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
-  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
-    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
-  }
   static U8 carry(U8 before, U8) { return _mm_srli_si128(before, 15); }
   static U8 shift_in(U8 carried, U8 v) { return _mm_or_si128(_mm_slli_si128(v, 1), carried); }
 
@@ -82,13 +77,6 @@ struct Lanes {
     return _mm_srli_epi32(v, kShift);
   }
   static U8 pack(I32 a, I32 b, I32 c, I32 d) { return _mm_packus_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d)); }
-  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
-    const U8 low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
-    cell[0] = interleave_low(low, fill(0));
-    cell[1] = interleave_high(low, fill(0));
-    cell[2] = interleave_low(high, fill(0));
-    cell[3] = interleave_high(high, fill(0));
-  }
   static Cells cells(const uint8_t* const* rows, size_t column) {
     Cells result;
     const __m128i zero = _mm_setzero_si128();
@@ -170,11 +158,6 @@ struct Lanes {
   static U8 subtract_to_zero(U8 a, U8 b) { return max(a, b) - b; }
   static U8 add_to_255(U8 a, U8 b) { return a + min(b, ~a); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) { return a >= b ? yes : no; }
-  static Where where(U8 mask) { return mask; }
-  static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return max(no, both(mean(a, b), where)); }
-  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
-    return subtract(where_not_less(below, over2, low, where_not_less(over, below2, high, c)), x);
-  }
   static U8 carry(U8 before, U8) { return before; }
   static U8 shift_in(U8 carried, U8 v) {
     return __builtin_shufflevector(carried, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
@@ -204,13 +187,6 @@ struct Lanes {
     return result;
   }
   static uint8_t clip(int32_t value) { return static_cast<uint8_t>(std::min(value, 255)); }
-  static void interleave_cell(const U8* columns, U8 (&cell)[4]) {
-    const U8 low = interleave_low(columns[0], columns[1]), high = interleave_high(columns[0], columns[1]);
-    cell[0] = interleave_low(low, fill(0));
-    cell[1] = interleave_high(low, fill(0));
-    cell[2] = interleave_low(high, fill(0));
-    cell[3] = interleave_high(high, fill(0));
-  }
   static Cells cells(const uint8_t* const* rows, size_t column) {
     Cells result;
     for (size_t i = 0; i < 8; ++i) {
