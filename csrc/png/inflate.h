@@ -19,7 +19,7 @@
 namespace cxrfast::png {
 
 // Readable bytes that the caller keeps behind `in`, and writable ones behind `out`, whose content does not matter.
-constexpr size_t kInflatePad = 64;
+constexpr size_t kInflatePad = 320;
 
 // How far back a stream can reach, and its longest match, bytes (RFC 1951).
 constexpr size_t kWindow = 32768, kMaxMatch = 258;
@@ -36,9 +36,12 @@ struct InflateJob {
   size_t segment_nbytes = 0;
 };
 
-// The window slides by a segment; a match and a step of the kernels may reach beyond its end.
+// The window slides by a segment. The kernels may go so far beyond its end before they hand it over: they know how many
+// steps are safe, whatever the data, and near the end of their room those become few.
+constexpr size_t kSegmentOvershoot = 8192;
+static_assert(kSegmentOvershoot >= kMaxMatch + kInflatePad);
 constexpr size_t inflate_window_nbytes(size_t segment_nbytes) {
-  return kWindow + segment_nbytes + kMaxMatch + 2 * kInflatePad;
+  return kWindow + segment_nbytes + kSegmentOvershoot + kInflatePad;
 }
 
 // Decodes any number of jobs, in any mixture of sizes, none by segments. Each job's out and status depend on that job

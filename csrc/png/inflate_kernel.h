@@ -8,9 +8,8 @@
 // 16 bytes; every part happens whether it is needed or not, because half-predictable branches cost more than idle work.
 // A literal entry holds up to three literals and perhaps the length behind them. What must not happen:
 // - after a length, the second look-up counts as an empty entry;
-// - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; the copy then moves
-// 16
-//   stale bytes to where the next step writes, and the length 0 makes nothing of it.
+// - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; stale bytes are then
+//   copied to where the next step writes, and the length 0 makes nothing of it.
 // Three branches are left, all rarely taken:
 // - An empty entry at the first look-up: a code or a length's extra bits that do not fit into the index. There are
 //   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the block's end).
@@ -25,11 +24,10 @@
 // and writes at most kStepNbytes; the number of steps that are safe for every stream is computed before them, so the
 // steps themselves check nothing, read inside the input and write inside the output.
 
-// One entry of the literal table, as a little-endian number, or 0:
-//   bits 0-7 bits used   8-15 kIndexBits   16-39 up to three literals, first lowest   40-47 none
-//   48-55 count of the literals   56-63 minus the length, 0: none
-// The two entries of a step are added up; so the sign says whether there is a length. Bits 0-15 are what BEXTR takes to
-// find the next index.
+// One entry of the literal table is split in two, so that what a stream waits for takes little of a first-level cache:
+// - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
+//   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
+// - its text: bits 0-23 up to three literals, first lowest   24-31 minus the length, 0: none.
 constexpr int kIndexBits = 10;
 constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
 constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 2;
@@ -39,12 +37,16 @@ constexpr size_t kMaxTableLength = 128;
 constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits + kIndexBits <= 64 - 7, "one load must be enough for a step and the next one's index");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
+// Behind a length the assembly stores the second literals, which are none then, wherever the move's upper byte says.
+static_assert(kMaxLiterals + 255 + 4 <= kInflatePad);
 static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
               "what Stream::safe_steps divides by; copy_pattern may write 8 more");
 
-constexpr int kLiteralShift = 16, kCountShift = 48, kMinusLengthShift = 56;
-constexpr uint64_t kLiteralMask = uint64_t{0xFFFFFF} << kLiteralShift;
-constexpr uint64_t kNothing = uint64_t{kIndexBits} << 8;  // no bits, no literal
+constexpr int kCountShift = 8, kMoveLengthShift = 11, kTextLengthShift = 24;
+constexpr unsigned kCountMask = 7;
+constexpr uint16_t kLongLength = 31 << kMoveLengthShift;
+static_assert(kMaxCopy < 31, "-1 is taken");
+static_assert(kTableBits + kIndexBits < 32, "the bits that a step's literals use");
 
 // A distance entry: bits 0-31 base   32-47 where the extra bits are, for BEXTR, or a mask   48-55 bits used, extra
 // included   56-63 code length
@@ -144,10 +146,31 @@ enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 constexpr auto kReversedLong = reversed_bits<kLongBits>();
 
+constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
+
+struct Entry {
+  uint16_t move;
+  uint32_t text;
+};
+
+// Places in a table of entries.
+struct Entries {
+  uint16_t* moves;
+  uint32_t* texts;
+
+  Entries operator+(size_t n) const { return {moves + n, texts + n}; }
+  Entry operator[](size_t i) const { return {moves[i], texts[i]}; }
+  void set(size_t i, Entry entry) const {
+    moves[i] = entry.move;
+    texts[i] = entry.text;
+  }
+};
+
 struct Stream {
   // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i
   // begins.
-  alignas(64) uint64_t literals[(1 << kIndexBits) + kLongTables * kLongEntries];
+  alignas(64) uint16_t moves[kEntries];
+  alignas(64) uint32_t texts[kEntries];
   // [kNeutral]: neutral. Behind it the long tables, the first of them for the indexes that have none.
   alignas(64) uint64_t distances[kNeutral + 1 + (1 << kLongDistanceBits) * (1 + (1 << kDistanceIndexBits))];
   alignas(64) uint16_t long_at[1 << kIndexBits];
@@ -206,7 +229,7 @@ struct Stream {
 
   // left_nbytes: of the output, from `out` on.
   void set_out_end(size_t left_nbytes) {
-    const size_t room = static_cast<size_t>(due - out) + (job->segment_nbytes > 0 ? kMaxMatch + kInflatePad : 0);
+    const size_t room = static_cast<size_t>(due - out) + (job->segment_nbytes > 0 ? kSegmentOvershoot : 0);
     out_end = out + std::min(left_nbytes, room);
     later_nbytes = left_nbytes - static_cast<size_t>(out_end - out);
   }
@@ -359,11 +382,13 @@ struct Stream {
 
   // Note [the literal table]
   // In an index whose first bit is the highest, a symbol's entries lie side by side, and they are that symbol followed
-  // by what the remaining m bits say: known[m], a smaller table of the same kind. So every table is made of runs of
-  // smaller ones, by vector instructions; at the end the largest is brought into the order in which the bits arrive,
-  // lowest first.
+  // by what the remaining m bits say: known[m], a smaller table of the same kind, whose entries are empty where no
+  // whole symbol is known. So every table is made of runs of smaller ones, by vector instructions; at the end the
+  // largest is brought into the order in which the bits arrive, lowest first.
   void fill_literals() {
-    alignas(64) uint64_t tables[2 << kIndexBits];  // known[m] at 2^m
+    alignas(64) uint16_t known_moves[2 << kIndexBits];
+    alignas(64) uint32_t known_texts[2 << kIndexBits];
+    const Entries tables = {known_moves, known_texts};  // known[m] at 2^m
     const uint16_t* symbol = literal_code.symbol;
     for (int length = 1; length <= kIndexBits; ++length) {
       symbol += literal_code.count[length];
@@ -373,7 +398,8 @@ struct Stream {
     }
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
-    uint8_t bits_of[kEndOfBlock];  // of literals within the index, where more might fit into it than into an entry
+    // Of literals within the index, where more might fit into it than into an entry.
+    uint8_t bits_of[kEndOfBlock] = {};
     if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
       symbol = literal_code.symbol;
       for (int length = 1; length <= kIndexBits; ++length) {
@@ -382,40 +408,69 @@ struct Stream {
         }
       }
     }
-    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, kNothing, shortest, bits_of);
-    fill_known(tables, kIndexBits, 0, shortest, bits_of);
-    reverse_index(tables + (1 << kIndexBits));
+    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits_of);
+    fill_known(tables, kIndexBits, shortest, bits_of);
+    reverse_index(tables + (size_t{1} << kIndexBits));
     fill_long();
   }
 
-  // The table for indexes whose first bit is the lowest. Of an index abc (2, 6 and 2 bits), b reversed is one of 64
-  // places and a and c are row and column of a matrix of 4 x 4, which is transposed.
-  void reverse_index(const uint64_t* from) {
-    constexpr int kOrder[] = {0, 2, 1, 3};  // two bits reversed
-    constexpr size_t kRow = size_t{1} << (kIndexBits - 2);
-    for (size_t b = 0; b < kRow / 4; ++b) {
-      uint64_t* to = literals + kReversedIndex[b * 4];
-      for (int c = 0; c < 4; ++c) {
-        for (int a = 0; a < 4; ++a) to[kOrder[c] * kRow + a] = from[kOrder[a] * kRow + b * 4 + c];
+  // The tables for indexes whose first bit is the lowest. Of an index abc (a and c of as many bits as a vector has
+  // elements), b reversed is one of several places, and a and c are row and column of a matrix that is transposed.
+  void reverse_index(Entries from) {
+    reverse_index(from.moves, moves);
+    reverse_index(from.texts, texts);
+  }
+
+  // Elements of a and b in turns, half of them, from the element `first` on.
+  template <size_t first, typename Row, size_t... i>
+  [[gnu::always_inline]] static Row interleave(Row a, Row b, std::index_sequence<i...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * sizeof...(i))...);
+#else
+    return __builtin_shuffle(a, b, Row{(first + i / 2 + i % 2 * sizeof...(i))...});
+#endif
+  }
+
+  template <typename T>
+  static void reverse_index(const T* from, T* to) {
+    typedef T Row __attribute__((vector_size(16)));
+    constexpr size_t kRow = 16 / sizeof(T);
+    constexpr std::make_index_sequence<kRow> kElements;
+    constexpr int kRowBits = kRow == 8 ? 3 : 2;
+    constexpr auto kReversedRow = reversed_bits<kRowBits>();
+    constexpr auto kReversedMiddle = reversed_bits<kIndexBits - 2 * kRowBits>();
+    constexpr size_t kStride = size_t{1} << (kIndexBits - kRowBits);
+    for (size_t b = 0; b < kReversedMiddle.size(); ++b) {
+      Row rows[kRow], next[kRow];
+      for (size_t a = 0; a < kRow; ++a) std::memcpy(&rows[a], from + kReversedRow[a] * kStride + b * kRow, sizeof(Row));
+      for (int round = 0; round < kRowBits; ++round) {
+        for (size_t a = 0; a < kRow / 2; ++a) {
+          next[2 * a] = interleave<0>(rows[a], rows[a + kRow / 2], kElements);
+          next[2 * a + 1] = interleave<kRow / 2>(rows[a], rows[a + kRow / 2], kElements);
+        }
+        std::copy(next, next + kRow, rows);
+      }
+      for (size_t c = 0; c < kRow; ++c) {
+        std::memcpy(to + kReversedRow[c] * kStride + kReversedMiddle[b] * kRow, &rows[c], sizeof(Row));
       }
     }
   }
 
-  // empty: the entry where no whole symbol is known.
-  void fill_known(uint64_t* tables, int m, uint64_t empty, int shortest, const uint8_t* bits_of) const {
-    uint64_t* to = tables + (size_t{1} << m);
-    uint64_t* const to_end = to + (size_t{1} << m);
+  void fill_known(Entries tables, int m, int shortest, const uint8_t* bits_of) const {
+    Entries to = tables + (size_t{1} << m);
+    const uint16_t* const to_end = to.moves + (size_t{1} << m);
     const uint16_t* symbol = literal_code.symbol;
     const bool too_many = shortest * (kMaxLiterals + 1) <= m;
     for (int length = 1; length <= m; ++length) {
       const size_t run = size_t{1} << (m - length);
-      const uint64_t* from = tables + run;
+      const Entries from = tables + run;
       const uint16_t* const group_end = symbol + literal_code.count[length];
       const uint16_t* const literals_end = symbol + literals_of[length];
       if (too_many) {
-        for (; symbol < literals_end; ++symbol, to += run) {
-          const uint64_t front = literal_entry(*symbol, length) - kNothing;
-          for (size_t k = 0; k < run; ++k) to[k] = prefixed(without_fourth(from[k], bits_of)) + front;
+        for (; symbol < literals_end; ++symbol, to = to + run) {
+          for (size_t k = 0; k < run; ++k) {
+            to.set(k, prefixed(without_fourth(from[k], bits_of), literal_entry(*symbol, length)));
+          }
         }
       } else if (run == 1) {
         to = fill_runs<1>(to, from, symbol, literals_end, length);
@@ -425,46 +480,55 @@ struct Stream {
         to = fill_runs<4>(to, from, symbol, literals_end, length);
       } else {
         for (size_t k = 0; k < run; k += 8) fill_runs<8>(to + k, from + k, symbol, literals_end, length, run);
-        to += run * static_cast<size_t>(literals_end - symbol);
+        to = to + run * static_cast<size_t>(literals_end - symbol);
       }
-      for (symbol = literals_end; symbol < group_end; ++symbol, to += run)
-        fill_length(to, run, *symbol, length, m, empty);
+      for (symbol = literals_end; symbol < group_end; ++symbol, to = to + run) {
+        fill_length(to, run, *symbol, length, m);
+      }
     }
-    std::fill(to, to_end, empty);
+    fill_run(to, static_cast<size_t>(to_end - to.moves), {0, 0});
   }
 
   // kRun entries of each literal, what `from` knows behind it, and `stride` entries on those of the next literal.
   template <size_t kRun>
-  static uint64_t* fill_runs(uint64_t* to, const uint64_t* from, const uint16_t* symbol, const uint16_t* symbol_end,
-                             int length, size_t stride = kRun) {
-    uint64_t behind[kRun];
-    for (size_t k = 0; k < kRun; ++k) behind[k] = prefixed(from[k]);
-    for (; symbol < symbol_end; ++symbol, to += stride) {
-      const uint64_t front = literal_entry(*symbol, length) - kNothing;
-      for (size_t k = 0; k < kRun; ++k) to[k] = behind[k] + front;
+  static Entries fill_runs(Entries to, Entries from, const uint16_t* symbol, const uint16_t* symbol_end, int length,
+                           size_t stride = kRun) {
+    uint16_t move[kRun];  // the same for all literals of a length
+    uint32_t behind[kRun];
+    for (size_t k = 0; k < kRun; ++k) {
+      const Entry entry = prefixed(from[k], literal_entry(0, length));
+      move[k] = entry.move;
+      behind[k] = entry.text;
+    }
+    for (; symbol < symbol_end; ++symbol, to = to + stride) {
+      std::memcpy(to.moves, move, sizeof move);
+      for (size_t k = 0; k < kRun; ++k) to.texts[k] = behind[k] + *symbol;
     }
     return to;
   }
 
-  static uint64_t literal_entry(uint64_t literal, int bits) {
-    return kNothing + (literal << kLiteralShift) + (uint64_t{1} << kCountShift) + static_cast<uint64_t>(bits);
+  static Entry literal_entry(uint32_t literal, int bits) {
+    return {static_cast<uint16_t>((1 << kCountShift) + bits), literal};
   }
 
-  static uint64_t length_entry(size_t length, int bits) {
-    return kNothing + static_cast<uint64_t>(bits) + ((0 - uint64_t{length}) << kMinusLengthShift);
+  static Entry length_entry(size_t length, int bits) {
+    const size_t move = length <= kMaxCopy ? (0 - length) << kMoveLengthShift : kLongLength;
+    return {static_cast<uint16_t>(move + static_cast<size_t>(bits)),
+            static_cast<uint32_t>((0 - length) << kTextLengthShift)};
   }
 
   // The entry, or its first two literals if it has three: with one more in front there is room for no other.
-  static uint64_t without_fourth(uint64_t entry, const uint8_t* bits_of) {
-    if ((entry >> kCountShift & 255) < kMaxLiterals) return entry;
-    if (entry >> kMinusLengthShift != 0) return kNothing;  // how many bits its length had is not known any more
-    const uint64_t last = entry >> (kLiteralShift + 16) & 255;
-    return entry - (uint64_t{1} << kCountShift) - bits_of[last];
+  static Entry without_fourth(Entry entry, const uint8_t* bits_of) {
+    if ((entry.move >> kCountShift & kCountMask) < kMaxLiterals) return entry;
+    if (entry.move >> kMoveLengthShift != 0) return {0, 0};  // how many bits its length had is not known any more
+    return {static_cast<uint16_t>(entry.move - (1 << kCountShift) - bits_of[entry.text >> 16 & 255]), entry.text};
   }
 
-  // Makes room for one literal in front.
-  static uint64_t prefixed(uint64_t entry) {
-    return (entry & ~kLiteralMask) | ((entry & kLiteralMask & kLiteralMask >> 8) << 8);
+  // A literal in front of what there is room for behind it.
+  static Entry prefixed(Entry entry, Entry literal) {
+    constexpr uint32_t kMoved = 0xFFFF00, kLength = uint32_t{255} << kTextLengthShift;
+    return {static_cast<uint16_t>(entry.move + literal.move),
+            (entry.text << 8 & kMoved) + (entry.text & kLength) + literal.text};
   }
 
   // The extra bits of a length; more than any table holds for what is not one.
@@ -473,41 +537,41 @@ struct Stream {
     return which >= 0 && which < kLengthSymbols ? kLengthExtra[which] : kMaxCodeBits;
   }
 
-  static void fill_length(uint64_t* to, size_t run, int symbol, int length, int m, uint64_t empty) {
+  static void fill_length(Entries to, size_t run, int symbol, int length, int m) {
     const int extra_bits = extra_bits_of(symbol);
-    if (length + extra_bits > m) return fill_run(to, run, empty);
+    if (length + extra_bits > m) return fill_run(to, run, {0, 0});
     const size_t part = run >> extra_bits;
-    for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to += part) {
+    for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to = to + part) {
       const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
-      fill_run(to, part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : empty);
+      fill_run(to, part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : Entry{0, 0});
     }
   }
 
-  // run: a power of two. Most are short, so that std::fill would cost more than it stores.
-  [[gnu::always_inline]] static void fill_run(uint64_t* to, size_t run, uint64_t entry) {
+  // Most runs are short, so that std::fill would cost more than it stores.
+  [[gnu::always_inline]] static void fill_run(Entries to, size_t run, Entry entry) {
     if (run < 8) {
       for (size_t k = 0; k < run; ++k) {
-        to[k] = entry;
+        to.set(k, entry);
         asm("" ::: "memory");  // not as a vector loop
       }
       return;
     }
-    for (size_t k = 0; k < run; k += 8) {
-      for (size_t j = 0; j < 8; ++j) to[k + j] = entry;
-    }
+    std::fill(to.moves, to.moves + run, entry.move);
+    std::fill(to.texts, to.texts + run, entry.text);
   }
 
   // What is known with kLongBits more bits, for the indexes that hold no whole symbol. In these tables the first bit is
   // the highest (kReversedLong), so that a symbol's entries lie side by side, those of a short code in several tables.
   void fill_long() {
     constexpr uint16_t kFirstTable = 1 << kIndexBits;
+    const Entries entries = {moves, texts};
     std::fill(long_at, long_at + kFirstTable, kFirstTable);
-    std::fill(literals + kFirstTable, literals + kFirstTable + kLongEntries, 0);
+    fill_run(entries + kFirstTable, kLongEntries, {0, 0});
     size_t next_table = kFirstTable + kLongEntries;
     // Tables for the codes from `first` to before `behind`, of kTableBits bits, as far as there is room.
     const auto add_tables = [&](uint32_t first, uint32_t behind) {
-      uint64_t* const begin = literals + next_table;
-      for (; first < behind && next_table < std::size(literals); first += kLongEntries, next_table += kLongEntries) {
+      const Entries begin = entries + next_table;
+      for (; first < behind && next_table < kEntries; first += kLongEntries, next_table += kLongEntries) {
         long_at[kReversedIndex[first >> kLongBits]] = static_cast<uint16_t>(next_table);
       }
       return begin;
@@ -522,23 +586,23 @@ struct Stream {
       for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
         const int used = length + extra_bits_of(*symbol);
         if (used <= kIndexBits || used > kTableBits) continue;
-        if (step > std::size(literals) - next_table) continue;
-        fill_length(add_tables(code, code + step), step, *symbol, length, kTableBits, 0);
+        if (step > kEntries - next_table) continue;
+        fill_length(add_tables(code, code + step), step, *symbol, length, kTableBits);
       }
     }
-    uint64_t* to = add_tables(code, 1u << kTableBits);
-    uint64_t* const to_end = literals + next_table;
+    Entries to = add_tables(code, 1u << kTableBits);
+    const uint16_t* const to_end = moves + next_table;
     for (int length = kIndexBits + 1; length <= kTableBits; ++length) {
       const size_t run = size_t{1} << (kTableBits - length);
-      for (int i = 0; i < literal_code.count[length] && to < to_end; ++i, ++symbol, to += run) {
+      for (int i = 0; i < literal_code.count[length] && to.moves < to_end; ++i, ++symbol, to = to + run) {
         if (*symbol < kEndOfBlock) {
           fill_run(to, run, literal_entry(*symbol, length));
         } else {
-          fill_length(to, run, *symbol, length, kTableBits, 0);
+          fill_length(to, run, *symbol, length, kTableBits);
         }
       }
     }
-    std::fill(to, to_end, 0);
+    fill_run(to, static_cast<size_t>(to_end - to.moves), {0, 0});
   }
 
   void fill_distances() {
@@ -676,32 +740,34 @@ template <int k>
 [[gnu::always_inline]] inline bool step(const Stream& stream, uint64_t& position, uint8_t*& out, uint64_t& steps,
                                         Stopped& stopped_ret) {
   uint64_t bits = load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
-  uint64_t entry = stream.literals[bits % (1 << kIndexBits)];
-  if (entry == 0) [[unlikely]] {
-    entry =
-        stream.literals[stream.long_at[bits % (1 << kIndexBits)] + kReversedLong[(bits >> kIndexBits) % kLongEntries]];
-    if (entry == 0) {
+  size_t at = bits % (1 << kIndexBits);
+  uint32_t move = stream.moves[at];
+  if (move == 0) [[unlikely]] {
+    at = stream.long_at[at] + size_t{kReversedLong[(bits >> kIndexBits) % kLongEntries]};
+    move = stream.moves[at];
+    if (move == 0) {
       stopped_ret = {Stop::kSymbol, k, 0};
       return false;
     }
   }
-  const uint32_t literals = static_cast<uint32_t>(entry >> kLiteralShift);
-  std::memcpy(out, &literals, 4);
+  std::memcpy(out, &stream.texts[at], 4);
 
-  const uint64_t has_length = 0 - (entry >> 63);
-  const uint64_t second = stream.literals[(bits >> (entry & 63)) % (1 << kIndexBits)] & ~has_length;
-  const uint32_t second_literals = static_cast<uint32_t>(second >> kLiteralShift);
-  std::memcpy(out + (entry >> kCountShift & 7), &second_literals, 4);
-  entry += second;
-  bits >>= entry & 63;
-  position += entry & 63;
-  uint8_t* to = out + (entry >> kCountShift & 7);
-  const size_t length = (0 - (entry >> kMinusLengthShift)) & 255;
+  const uint32_t has_length = 0 - (move >> 15);
+  const size_t second_at = (bits >> (move & 31)) % (1 << kIndexBits);
+  std::memcpy(out + (move >> kCountShift & kCountMask), &stream.texts[second_at], 4);
+  move += stream.moves[second_at] & ~has_length;
+  bits >>= move & 31;
+  position += move & 31;
+  uint8_t* to = out + (move >> kCountShift & kCountMask);
+  size_t length = 31 & (0 - (move >> kMoveLengthShift));
 
-  const uint64_t any = 0 - (entry >> 63);
+  const uint64_t any = 0 - uint64_t{move >> 15};
   uint64_t found = stream.distances[((bits % (1 << kDistanceIndexBits)) & any) | (~any & kNeutral)];
   uint64_t distance = distance_of(found, bits);
   uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
+  if (move >= kLongLength) [[unlikely]] {
+    length = 255 & (0 - (stream.texts[has_length ? at : second_at] >> kTextLengthShift));
+  }
   if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
     if (found == kAbsurdDistance) {
       found = stream.distances[stream.long_distance_at[bits % (1 << kDistanceIndexBits)] +

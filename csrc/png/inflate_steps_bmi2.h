@@ -5,15 +5,23 @@
 // stream, with everything rare outside of it. See Note [a step].
 //
 // Note [the chain]
-// A stream waits for its own look-ups, one after the other: the literal entry, the second one, the distance. The bits
-// that a step leaves over are kept for the first look-up of the next step, whose other bits are loaded meanwhile; 24
-// cycles a step instead of 30, on a core whose loads take 5. Loads that extend a sign take one cycle more; hence
-// entries of 64 bits.
+// A stream waits for its own look-ups, one after the other: the first literal entry, the second one, the distance. The
+// bits that a step leaves over are kept for the first look-up of the next step, whose other bits are loaded meanwhile:
+// 23 cycles on a core whose loads take 5. What is not on this chain should not be in its way: the moves, which are,
+// take 2 bytes an entry, so that they stay in the first-level cache whatever windows and texts do to it.
 //
-// The text is macros of the assembler, a part of a step each, for the numbers and registers of one stream.
-// Registers: rdi the lanes   rax the entries' sum, then minus the length   rbx, rcx, rdx scratch; in the end
-// the index of the distance, the distance and its source   P position   O out   L bits that are left over, then the
-// bits of this step
+// Note [parts in turns]
+// A step is three parts, one for each look-up. With three streams the parts run in turns: the third of one stream, the
+// second of the next, the first of the last, and so on. Instructions wait in the processor's queues until their
+// inputs are there, and those queues are short; in this order they enter them about when they can run. A step's
+// position and output are stored in registers only by its third part, so that steps under way can be given up at any
+// point: they are taken again.
+//
+// The text is macros of the assembler, for the numbers and registers of one stream.
+// Registers: rdi the lanes, kIndexBits into them, which makes its lowest byte what BZHI takes to find an index
+// P position   O out   L bits that are left over, then those of this step
+// rbx the first entry's move, from the first part to the second   rax the moves' sum, from the second to the third
+// rcx, rdx, rbp scratch; in the third part the source, the distance's bits, minus the length
 
 // [distance - 1]: what repeats the last `distance` bytes over a copy.
 struct Repeats {
@@ -27,7 +35,7 @@ constexpr Repeats kRepeats = [] {
   return repeats;
 }();
 
-struct Lanes {
+struct alignas(256) Lanes {
   Stream streams[kInflateStreams];
   uint64_t steps;  // left
   uint64_t nothing = 0;
@@ -36,18 +44,24 @@ struct Lanes {
   Repeats repeats = kRepeats;
   // Where the steps stopped.
   uint64_t why, stream, minus_length;
-  uint64_t distance_bits;  // scratch
+  // Scratch.
+  uint64_t rbp, distance_bits, source;
 };
 
 // Takes up to `steps` > 0 steps of each of the first K streams.
 //
-// Labels, behind the stream's number: 1 long tables, 2 entry found, 3 stop for a symbol, 4 length above 16, 5 copied,
-// 6 source before the start, 7 and 8 stop for a match, 9 distance's entry found, 10 long tables of the distance.
+// Labels, behind the stream's number: 1 long tables, 2 entry found (with a 1 or a 2 between, for the two places of a
+// first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
+// found, 3 long tables of the distance; 93, 94, 95, 96 a length above kMaxCopy is looked up again.
 template <int K>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
-  static_assert(K <= 3 && offsetof(Stream, literals) == 0 && static_cast<int>(Stop::kSteps) == 0 &&
-                    static_cast<int>(Stop::kSymbol) == 1 && static_cast<int>(Stop::kMatch) == 2,
+  static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
+                    static_cast<int>(Stop::kMatch) == 2,
                 "written into the text: there are 30 operands at most");
+  static_assert(kDistanceIndexBits == 8 && kCountShift == 8 && kCountMask == 7 && kMoveLengthShift == 11 &&
+                    kTextLengthShift == 24,
+                "likewise");
+  constexpr size_t kBase = kIndexBits;
   lanes.steps = steps;
   asm volatile(
       R"(
@@ -59,185 +73,273 @@ template <int K>
     shrx %%\L, (%%rdx), %%\L
   .endm
 
-  .macro load k, P, P32, O, L, L32
+  .macro load k, P, P32, O, L, L32, L8, place
     movq \k*%c[size]+%c[position](%%rdi), %%\P
     movq \k*%c[size]+%c[out](%%rdi), %%\O
     peek \P, \P32, \L, \L32
   .endm
 
-  .macro step k, P, P32, O, L, L32
-    movl %%\L32, %%ebx
-    andl $(1 << %c[index_bits]) - 1, %%ebx
-    movq \k*%c[size](%%rdi,%%rbx,8), %%rax
+  .macro first k, P, P32, O, L, L32, L8, place
+    bzhil %%edi, %%\L32, %%ebp
+    movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ebx
     peek \P, \P32, \L, \L32
-    testq %%rax, %%rax
-    jz 1\k\()f
-  2\k:
-    vmovd \k*%c[size]+2(%%rdi,%%rbx,8), %%xmm0
-    vmovd %%xmm0, (%%\O)
-    movzbl \k*%c[size]+6(%%rdi,%%rbx,8), %%ecx
-    bextr %%rax, %%\L, %%rdx
-    movq \k*%c[size](%%rdi,%%rdx,8), %%rbx
-    vmovd \k*%c[size]+2(%%rdi,%%rdx,8), %%xmm0
-    vmovd %%xmm0, (%%\O,%%rcx)
-    testq %%rax, %%rax
-    cmovs %c[nothing](%%rdi), %%rbx
-    shrx %%rax, %%\L, %%\L
+    testl %%ebx, %%ebx
+    jz 1\place\k\()f
+  2\place\k:
+    movl \k*%c[size]+%c[texts](%%rdi,%%rbp,4), %%edx
+    movl %%edx, (%%\O)
+  .endm
+
+  .macro second k, P, P32, O, L, L32, L8, place
     shrx %%rbx, %%\L, %%\L
-    addq %%rbx, %%rax
-    movl %%\L32, %%ebx
-    andl $(1 << %c[distance_index_bits]) - 1, %%ebx
+    bzhil %%edi, %%\L32, %%edx
+    movzwl \k*%c[size]+%c[moves](%%rdi,%%rdx,2), %%eax
+    movzbl %%bh, %%ecx # behind a length, too much: see kInflatePad
+    movl \k*%c[size]+%c[texts](%%rdi,%%rdx,4), %%edx
+    movl %%edx, (%%\O,%%rcx)
+    testw %%bx, %%bx
+    cmovs %c[nothing](%%rdi), %%eax
+    shrx %%rax, %%\L, %%\L
+    addl %%ebx, %%eax
+  .endm
+
+  .macro third k, P, P32, O, L, L32, L8, place
+    movzbl %%\L8, %%ebp
     movzbl %%al, %%ecx
     addq %%rcx, %%\P
-    rorx %[count_shift], %%rax, %%rcx
-    movzbl %%cl, %%ecx
+    movzbl %%ah, %%ecx
+    andl $7, %%ecx
     addq %%rcx, %%\O
-    sarq %[length_shift], %%rax
-    cmovns %c[neutral](%%rdi), %%rbx
+    testw %%ax, %%ax
+    cmovns %c[neutral](%%rdi), %%rbp
   9\k:
-    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%edx
-    movzwl \k*%c[size]+%c[distances]+4(%%rdi,%%rbx,8), %%ecx
+    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbp,8), %%edx
+    movzwl \k*%c[size]+%c[distances]+4(%%rdi,%%rbp,8), %%ecx
     bextr %%rcx, %%\L, %%rcx
     shrx %%rdx, %%\L, %%\L
     addq %%rdx, %%\P
-    addl \k*%c[size]+%c[distances](%%rdi,%%rbx,8), %%ecx
-    movq %%\O, %%rdx
-    subq %%rcx, %%rdx
-    cmpq \k*%c[size]+%c[begin](%%rdi), %%rdx
+    addl \k*%c[size]+%c[distances](%%rdi,%%rbp,8), %%ecx
+    movswq %%ax, %%rbp
+    sarq $11, %%rbp
+    negq %%rcx
+    addq %%\O, %%rcx
+    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
     jl 6\k\()f
-    cmpq $-%c[copy], %%rax
-    jl 4\k\()f
-    vmovdqu (%%rdx), %%xmm0
+    cmpq $-1, %%rbp
+    je 4\k\()f
+    vmovdqu (%%rcx), %%xmm0
     vmovdqu %%xmm0, (%%\O)
-    subq %%rax, %%\O
+    subq %%rbp, %%\O
   5\k:
   .endm
 
-  .macro rare k, P, P32, O, L, L32
-  1\k:
-    movzwl \k*%c[size]+%c[long_at](%%rdi,%%rbx,2), %%ebx
-    movl %%\L32, %%ecx
+  # rbp: the index of an empty entry, then of the long one. Uses rcx.
+  .macro long_index k, bits
+    movzwl \k*%c[size]+%c[long_at](%%rdi,%%rbp,2), %%ebp
+    movl %%\bits, %%ecx
     shrl %[index_bits], %%ecx
     andl $(1 << %c[long_bits]) - 1, %%ecx
     movzwl %c[reversed](%%rdi,%%rcx,2), %%ecx
-    addl %%ecx, %%ebx
-    movq \k*%c[size](%%rdi,%%rbx,8), %%rax
-    testq %%rax, %%rax
-    jnz 2\k\()b
-  3\k:
+    addl %%ecx, %%ebp
+  .endm
+
+  .macro rare_first k, P, P32, O, L, L32, L8, place
+  1\place\k:
+    long_index \k, \L32
+    movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ebx
+    testl %%ebx, %%ebx
+    jnz 2\place\k\()b
     movl $1, %%ecx
     movl $\k, %%edx
     jmp 8f
-  4\k: # what follows still needs its 32 bytes a step
-    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%ebx
-    movq %%rbx, %c[distance_bits](%%rdi)
-    movq %%\O, %%rcx
-    subq %%rax, %%rcx
-    movq %c[steps](%%rdi), %%rbx
-    shlq $5, %%rbx
-    addq %%rcx, %%rbx
-    cmpq \k*%c[size]+%c[out_end](%%rdi), %%rbx
-    ja 7\k\()f
-  9:
-    vmovdqu (%%rdx), %%xmm0
-    vmovdqu %%xmm0, (%%\O)
-    addq $16, %%rdx
-    addq $16, %%\O
-    cmpq %%rcx, %%\O
-    jb 9b
-    movq %%rcx, %%\O
-    jmp 5\k\()b
-  7\k:
-    movq %c[distance_bits](%%rdi), %%rbx
-  8\k:
-    subq %%rbx, %%\P
-    movl $2, %%ecx
-    movl $\k, %%edx
-    jmp 8f
+  .endm
+
+  .macro rare_third k, P, P32, O, L, L32, L8, place
   6\k:
-    movzbl \k*%c[size]+%c[distances]+6(%%rdi,%%rbx,8), %%ebx
-    testq %%rax, %%rax
+    testq %%rbp, %%rbp
     jz 5\k\()b
-    movl %%ecx, %%edx
+    movq %%rdx, %c[distance_bits](%%rdi)
+    movq %%\O, %%rdx
+    subq %%rcx, %%rdx
     andl %[true_distance], %%edx
-    jz 10\k\()f
+    jz 3\k\()f
+    cmpq $-1, %%rbp
+    je 93\k\()f
     cmpl %[copy], %%edx
-    ja 8\k\()b
-    cmpq $-%c[copy], %%rax
-    jl 8\k\()b
+    ja 7\k\()f
     movq %%\O, %%rcx
     subq %%rdx, %%rcx
     cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
-    jl 8\k\()b
+    jl 7\k\()f
     shll $4, %%edx
     vmovdqu (%%rcx), %%xmm0
     vpshufb %c[repeats]-16(%%rdi,%%rdx), %%xmm0, %%xmm0
     vmovdqu %%xmm0, (%%\O)
-    subq %%rax, %%\O
+    subq %%rbp, %%\O
     jmp 5\k\()b
-  10\k:
-    movl %%\L32, %%ebx
-    andl $(1 << %c[distance_index_bits]) - 1, %%ebx
-    movzwl \k*%c[size]+%c[long_distance_at](%%rdi,%%rbx,2), %%ebx
+  3\k:
     movl %%\L32, %%edx
-    shrl %[distance_index_bits], %%edx
+    movzbl %%\L8, %%ebp
+    shrl $8, %%edx
+    movzwl \k*%c[size]+%c[long_distance_at](%%rdi,%%rbp,2), %%ebp
     andl $(1 << %c[long_distance_bits]) - 1, %%edx
-    addl %%edx, %%ebx
-    testl %[true_distance], \k*%c[size]+%c[distances](%%rdi,%%rbx,8)
+    addl %%edx, %%ebp
+    testl %[true_distance], \k*%c[size]+%c[distances](%%rdi,%%rbp,8)
     jnz 9\k\()b
-    xorl %%ebx, %%ebx
-    jmp 8\k\()b
+    movswq %%ax, %%rbp
+    sarq $11, %%rbp
+    cmpq $-1, %%rbp
+    jne 7\k\()f
+    jmp 93\k\()f
+  4\k:
+    movq %%rdx, %c[distance_bits](%%rdi)
+  93\k: # the length stands in the text of the step's first or second entry
+    movq %%rcx, %c[source](%%rdi)
+    movzbl %%al, %%edx
+    movq %%\P, %%rcx
+    subq %c[distance_bits](%%rdi), %%rcx
+    subq %%rdx, %%rcx
+    movq %%rcx, %%rdx
+    shrq $3, %%rdx
+    andl $7, %%ecx
+    shrx %%rcx, (%%rdx), %%rdx
+    bzhil %%edi, %%edx, %%ebp
+    movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ecx
+    testl %%ecx, %%ecx
+    jnz 94\k\()f
+    long_index \k, edx
+    movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ecx
+  94\k:
+    testw %%cx, %%cx
+    js 95\k\()f
+    shrx %%rcx, %%rdx, %%rdx
+    bzhil %%edi, %%edx, %%ebp
+  95\k:
+    movsbq \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%rbp
+    movq %c[source](%%rdi), %%rcx
+    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
+    jl 7\k\()f
+    # what follows still needs its 32 bytes a step
+    movq %%\O, %%rdx
+    subq %%rbp, %%rdx
+    movq %c[steps](%%rdi), %%rax
+    shlq $5, %%rax
+    addq %%rdx, %%rax
+    cmpq \k*%c[size]+%c[out_end](%%rdi), %%rax
+    ja 7\k\()f
+  96\k:
+    vmovdqu (%%rcx), %%xmm0
+    vmovdqu %%xmm0, (%%\O)
+    addq $16, %%rcx
+    addq $16, %%\O
+    cmpq %%rdx, %%\O
+    jb 96\k\()b
+    movq %%rdx, %%\O
+    jmp 5\k\()b
+  7\k:
+    subq %c[distance_bits](%%rdi), %%\P
+    movl $2, %%ecx
+    movl $\k, %%edx
+    jmp 8f
   .endm
 
-  .macro store k, P, P32, O, L, L32
+  .macro store k, P, P32, O, L, L32, L8, place
     movq %%\P, \k*%c[size]+%c[position](%%rdi)
     movq %%\O, \k*%c[size]+%c[out](%%rdi)
   .endm
 
-  .macro streams part
-    \part 0, rsi, esi, r10, r13, r13d
-    .if %c[count] > 1
-    \part 1, r8, r8d, r11, r14, r14d
-    .endif
-    .if %c[count] > 2
-    \part 2, r9, r9d, r12, r15, r15d
+  .macro stream k, part, place=1
+    .if \k == 0
+    \part 0, rsi, esi, r10, r13, r13d, r13b, \place
+    .elseif \k == 1
+    \part 1, r8, r8d, r11, r14, r14d, r14b, \place
+    .else
+    \part 2, r9, r9d, r12, r15, r15d, r15b, \place
     .endif
   .endm
 
+  .macro streams part
+    stream 0, \part
+    .if %c[count] > 1
+    stream 1, \part
+    .endif
+    .if %c[count] > 2
+    stream 2, \part
+    .endif
+  .endm
+
+  .macro step k, P, P32, O, L, L32, L8, place
+    stream \k, first
+    stream \k, second
+    stream \k, third
+  .endm
+
+    movq %%rbp, %c[rbp](%%rdi)
     streams load
+  .if %c[count] == 3
+    stream 0, first, 2
+    stream 0, second
+    stream 1, first, 2
+    .p2align 6
+  0:
+    stream 0, third
+    stream 1, second
+    stream 2, first
+    stream 1, third
+    stream 2, second
+    stream 0, first
+    stream 2, third
+    stream 0, second
+    stream 1, first
+  .else
     .p2align 6
   0:
     streams step
+  .endif
     subq $1, %c[steps](%%rdi)
     jnz 0b
     xorl %%ecx, %%ecx
     jmp 8f
-    streams rare
+    streams rare_first
+    streams rare_third
+  .if %c[count] == 3
+    stream 0, rare_first, 2
+    stream 1, rare_first, 2
+  .endif
   8:
     streams store
     movq %%rcx, %c[why](%%rdi)
     movq %%rdx, %c[stream](%%rdi)
-    movq %%rax, %c[minus_length](%%rdi)
+    movq %%rbp, %c[minus_length](%%rdi)
+    movq %c[rbp](%%rdi), %%rbp
 
   .purgem peek
   .purgem load
-  .purgem step
-  .purgem rare
+  .purgem first
+  .purgem second
+  .purgem third
+  .purgem long_index
+  .purgem rare_first
+  .purgem rare_third
   .purgem store
+  .purgem stream
   .purgem streams
+  .purgem step
 )"
       :
-      : "D"(&lanes), [count] "i"(K), [size] "i"(sizeof(Stream)), [position] "i"(offsetof(Stream, position)),
-        [out] "i"(offsetof(Stream, out)), [begin] "i"(offsetof(Stream, out_begin)),
-        [out_end] "i"(offsetof(Stream, out_end)), [distances] "i"(offsetof(Stream, distances)),
-        [long_at] "i"(offsetof(Stream, long_at)), [long_distance_at] "i"(offsetof(Stream, long_distance_at)),
-        [steps] "i"(offsetof(Lanes, steps)), [nothing] "i"(offsetof(Lanes, nothing)),
-        [neutral] "i"(offsetof(Lanes, neutral)), [reversed] "i"(offsetof(Lanes, reversed)),
-        [repeats] "i"(offsetof(Lanes, repeats)), [why] "i"(offsetof(Lanes, why)), [stream] "i"(offsetof(Lanes, stream)),
-        [distance_bits] "i"(offsetof(Lanes, distance_bits)), [minus_length] "i"(offsetof(Lanes, minus_length)),
-        [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits), [distance_index_bits] "i"(kDistanceIndexBits),
-        [long_distance_bits] "i"(kLongDistanceBits), [true_distance] "i"(kAbsurdDistance - 1),
-        [count_shift] "i"(kCountShift), [length_shift] "i"(kMinusLengthShift), [copy] "i"(kMaxCopy)
+      : "D"(reinterpret_cast<uint8_t*>(&lanes) + kBase), [count] "i"(K), [size] "i"(sizeof(Stream)),
+        [position] "i"(offsetof(Stream, position) - kBase), [out] "i"(offsetof(Stream, out) - kBase),
+        [begin] "i"(offsetof(Stream, out_begin) - kBase), [out_end] "i"(offsetof(Stream, out_end) - kBase),
+        [moves] "i"(offsetof(Stream, moves) - kBase), [texts] "i"(offsetof(Stream, texts) - kBase),
+        [distances] "i"(offsetof(Stream, distances) - kBase), [long_at] "i"(offsetof(Stream, long_at) - kBase),
+        [long_distance_at] "i"(offsetof(Stream, long_distance_at) - kBase), [steps] "i"(offsetof(Lanes, steps) - kBase),
+        [nothing] "i"(offsetof(Lanes, nothing) - kBase), [neutral] "i"(offsetof(Lanes, neutral) - kBase),
+        [reversed] "i"(offsetof(Lanes, reversed) - kBase), [repeats] "i"(offsetof(Lanes, repeats) - kBase),
+        [why] "i"(offsetof(Lanes, why) - kBase), [stream] "i"(offsetof(Lanes, stream) - kBase),
+        [minus_length] "i"(offsetof(Lanes, minus_length) - kBase), [rbp] "i"(offsetof(Lanes, rbp) - kBase),
+        [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase), [source] "i"(offsetof(Lanes, source) - kBase),
+        [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits), [long_distance_bits] "i"(kLongDistanceBits),
+        [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
