@@ -30,12 +30,13 @@
 // - its text: bits 0-23 up to three literals, first lowest   24-31 minus the length, 0: none.
 constexpr int kIndexBits = 10;
 constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
-constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 2;
+constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 4;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
 constexpr size_t kMaxTableLength = 128;
 constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
-static_assert(kStepBits + kIndexBits <= 64 - 7, "one load must be enough for a step and the next one's index");
+static_assert(kStepBits - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
+              "one load must be enough for a step and the next one's index; before a long distance there is another");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 // Behind a length the assembly stores the second literals, which are none then, wherever the move's upper byte says.
 static_assert(kMaxLiterals + 255 + 4 <= kInflatePad);
@@ -607,13 +608,17 @@ struct Stream {
 
   void fill_distances() {
     constexpr uint32_t kIndexes = 1 << kDistanceIndexBits, kLong = 1 << kLongDistanceBits;
-    std::fill(distances, distances + kIndexes, kAbsurdDistance);
+    distances[0] = kAbsurdDistance;
     std::fill(distances + kNeutral + 1, distances + kNeutral + 1 + kLong, kAbsurdDistance);
     std::fill(long_distance_at, long_distance_at + kIndexes, static_cast<uint16_t>(kNeutral + 1));
     size_t next_table = kNeutral + 1 + kLong;
     const uint16_t* symbol = distance_code.symbol;
     uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
     for (int length = 1; length <= kDistanceIndexBits + kLongDistanceBits; ++length) {
+      if (length <= kDistanceIndexBits) {  // one bit more does not change what is known so far
+        const size_t known = size_t{1} << (length - 1);
+        std::memcpy(distances + known, distances, known * sizeof distances[0]);
+      }
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
         if (*symbol >= kMaxDynamicDistanceSymbols) continue;
         const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
@@ -627,7 +632,7 @@ struct Stream {
                                code_length << kDistanceCodeShift;
         const uint32_t code = code_bits(next);  // first bit lowest
         if (length <= kDistanceIndexBits) {
-          for (uint32_t at = code; at < kIndexes; at += 1u << length) distances[at] = entry;
+          distances[code] = entry;
           continue;
         }
         uint16_t& table_at = long_distance_at[code % kIndexes];

@@ -23,14 +23,16 @@
 // rbx the first entry's move, from the first part to the second   rax the moves' sum, from the second to the third
 // rcx, rdx, rbp scratch; in the third part the source, the distance's bits, minus the length
 
-// [distance - 1]: what repeats the last `distance` bytes over a copy.
+// [distance - 1]: what repeats the last `distance` bytes over a copy; how many of its bytes are whole repetitions.
 struct Repeats {
   alignas(16) uint8_t of[kMaxCopy][kMaxCopy];
+  uint8_t whole[kMaxCopy];
 };
 constexpr Repeats kRepeats = [] {
   Repeats repeats{};
   for (size_t distance = 1; distance <= kMaxCopy; ++distance) {
     for (size_t i = 0; i < kMaxCopy; ++i) repeats.of[distance - 1][i] = static_cast<uint8_t>(i % distance);
+    repeats.whole[distance - 1] = static_cast<uint8_t>(kMaxCopy / distance * distance);
   }
   return repeats;
 }();
@@ -52,7 +54,8 @@ struct alignas(256) Lanes {
 //
 // Labels, behind the stream's number: 1 long tables, 2 entry found (with a 1 or a 2 between, for the two places of a
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
-// found, 3 long tables of the distance; 93, 94, 95, 96 a length above kMaxCopy is looked up again.
+// found, 3 long tables of the distance; 93 to 98 a length above kMaxCopy: it is looked up
+// again, and copied or repeated.
 template <int K>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
@@ -178,6 +181,7 @@ template <int K>
     subq %%rbp, %%\O
     jmp 5\k\()b
   3\k:
+    peek \P, \P32, \L, \L32
     movl %%\L32, %%edx
     movzbl %%\L8, %%ebp
     shrl $8, %%edx
@@ -216,9 +220,6 @@ template <int K>
     bzhil %%edi, %%edx, %%ebp
   95\k:
     movsbq \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%rbp
-    movq %c[source](%%rdi), %%rcx
-    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
-    jl 7\k\()f
     # what follows still needs its 32 bytes a step
     movq %%\O, %%rdx
     subq %%rbp, %%rdx
@@ -227,6 +228,9 @@ template <int K>
     addq %%rdx, %%rax
     cmpq \k*%c[size]+%c[out_end](%%rdi), %%rax
     ja 7\k\()f
+    movq %c[source](%%rdi), %%rcx
+    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
+    jl 97\k\()f
   96\k:
     vmovdqu (%%rcx), %%xmm0
     vmovdqu %%xmm0, (%%\O)
@@ -234,6 +238,28 @@ template <int K>
     addq $16, %%\O
     cmpq %%rdx, %%\O
     jb 96\k\()b
+    movq %%rdx, %%\O
+    jmp 5\k\()b
+  97\k:
+    movq %%\O, %%rax
+    subq %%rcx, %%rax
+    andl %[true_distance], %%eax
+    jz 7\k\()f
+    cmpl %[copy], %%eax
+    ja 7\k\()f
+    movq %%\O, %%rcx
+    subq %%rax, %%rcx
+    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
+    jl 7\k\()f
+    vmovdqu (%%rcx), %%xmm0
+    movzbl %c[whole]-1(%%rdi,%%rax), %%ecx
+    shll $4, %%eax
+    vpshufb %c[repeats]-16(%%rdi,%%rax), %%xmm0, %%xmm0
+  98\k:
+    vmovdqu %%xmm0, (%%\O)
+    addq %%rcx, %%\O
+    cmpq %%rdx, %%\O
+    jb 98\k\()b
     movq %%rdx, %%\O
     jmp 5\k\()b
   7\k:
@@ -335,11 +361,11 @@ template <int K>
         [long_distance_at] "i"(offsetof(Stream, long_distance_at) - kBase), [steps] "i"(offsetof(Lanes, steps) - kBase),
         [nothing] "i"(offsetof(Lanes, nothing) - kBase), [neutral] "i"(offsetof(Lanes, neutral) - kBase),
         [reversed] "i"(offsetof(Lanes, reversed) - kBase), [repeats] "i"(offsetof(Lanes, repeats) - kBase),
-        [why] "i"(offsetof(Lanes, why) - kBase), [stream] "i"(offsetof(Lanes, stream) - kBase),
-        [minus_length] "i"(offsetof(Lanes, minus_length) - kBase), [rbp] "i"(offsetof(Lanes, rbp) - kBase),
-        [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase), [source] "i"(offsetof(Lanes, source) - kBase),
-        [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits), [long_distance_bits] "i"(kLongDistanceBits),
-        [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
+        [whole] "i"(offsetof(Lanes, repeats.whole) - kBase), [why] "i"(offsetof(Lanes, why) - kBase),
+        [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
+        [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
+        [source] "i"(offsetof(Lanes, source) - kBase), [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits),
+        [long_distance_bits] "i"(kLongDistanceBits), [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
