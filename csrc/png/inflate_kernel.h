@@ -27,13 +27,12 @@
 // One entry of the literal table is split in two, so that what a stream waits for takes little of a first-level cache:
 // - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
 //   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
-// - its text: bits 0-23 up to three literals, first lowest   24-31 minus the length, 0: none.
+// - its text: bits 0-23 up to three literals, first lowest   24-31 kMaxMatch minus the length, if there is one.
 constexpr int kIndexBits = 10;
 constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
 constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 4;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
-constexpr size_t kMaxTableLength = 128;
 constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
               "one load must be enough for a step and the next one's index; before a long distance there is another");
@@ -57,6 +56,28 @@ constexpr size_t kNeutral = 1 << kDistanceIndexBits;
 constexpr uint64_t kNoDistance = 128;
 constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
+
+// What does not depend on the code, by symbol; what each bit of the code adds.
+constexpr auto kDistanceEntries = [] {
+  std::array<uint64_t, kMaxDynamicDistanceSymbols> entries{};
+  for (size_t s = 0; s < entries.size(); ++s) {
+    const uint64_t extra_bits = kDistanceExtra[s], base = kDistanceBase[s];
+#ifdef CXRFAST_INFLATE_BMI2
+    const uint64_t where = extra_bits << 8;
+#else
+    const uint64_t where = (uint64_t{1} << extra_bits) - 1;
+#endif
+    entries[s] =
+        base | (base < kMaxCopy ? kAbsurdDistance : 0) | where << kExtraShift | extra_bits << kDistanceUsedShift;
+  }
+  return entries;
+}();
+#ifdef CXRFAST_INFLATE_BMI2
+constexpr uint64_t kDistanceEntryOfBit =
+    uint64_t{1} << kExtraShift | uint64_t{1} << kDistanceUsedShift | uint64_t{1} << kDistanceCodeShift;
+#else
+constexpr uint64_t kDistanceEntryOfBit = uint64_t{1} << kDistanceUsedShift | uint64_t{1} << kDistanceCodeShift;
+#endif
 
 // Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
 constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
@@ -328,8 +349,8 @@ struct Stream {
       for (int i = 0; i < length_codes; ++i, sent >>= 3) length_bits[kLengthCodeOrder[i]] = sent & 7;
       position += static_cast<uint64_t>(length_codes) * 3;
     }
-    uint8_t symbol_of[1 << kMaxLengthCodeBits], bits_of[1 << kMaxLengthCodeBits];
-    if (!fill_length_code(length_bits, symbol_of, bits_of)) return false;
+    uint16_t length_codes_of[1 << kMaxLengthCodeBits];
+    if (!fill_length_code(length_bits, length_codes_of)) return false;
 
     const int total = literal_count + distance_count;
     for (int i = 0; i < total;) {
@@ -338,8 +359,9 @@ struct Stream {
       uint64_t sent = peek();
       unsigned taken = 0;
       for (int k = 0; k < 4 && i < total; ++k) {
-        const int symbol = symbol_of[sent & 127];
-        unsigned used = bits_of[sent & 127];
+        const unsigned found = length_codes_of[sent % std::size(length_codes_of)];
+        const int symbol = found & 255;
+        unsigned used = found >> 8;
         if (symbol < 16) {
           bits[i++] = static_cast<uint8_t>(symbol);
         } else {
@@ -364,21 +386,29 @@ struct Stream {
     return true;
   }
 
-  // The code of the code lengths, for all 128 values of its next 7 bits; false unless the set is complete.
-  static bool fill_length_code(const uint8_t* length_bits, uint8_t* symbol_of, uint8_t* bits_of) {
+  // The code of the code lengths, for all values of its next 7 bits: symbol + 256 * bits; false unless it is complete.
+  static bool fill_length_code(const uint8_t* length_bits, uint16_t* table) {
     CanonicalCode code;
     if (!code.build(length_bits, kLengthCodeSymbols) || !code.complete()) return false;
+    fill_by_doubling<kMaxLengthCodeBits>(
+        code, table, [](int symbol, int length) { return static_cast<uint16_t>(symbol + 256 * length); });
+    return true;
+  }
+
+  // The codes of up to kBits bits, for all values of the next kBits bits: one bit more repeats what is known so far.
+  // [0] says what stands where there is none. Returns the next code, first bit highest, in kMaxCodeBits bits.
+  template <int kBits, typename T, typename EntryOf>
+  [[gnu::always_inline]] static uint32_t fill_by_doubling(const CanonicalCode& code, T* table, EntryOf entry_of) {
     const uint16_t* symbol = code.symbol;
-    uint32_t next = 0;  // the next code, first bit highest, in 7 bits
-    for (int length = 1; length <= kMaxLengthCodeBits; ++length) {
-      for (int i = 0; i < code.count[length]; ++i, ++symbol, next += 128u >> length) {
-        for (uint32_t at = kReversedByte[next] >> 1; at < 128; at += 1u << length) {
-          symbol_of[at] = static_cast<uint8_t>(*symbol);
-          bits_of[at] = static_cast<uint8_t>(length);
-        }
+    uint32_t next = 0;
+    for (int length = 1; length <= kBits; ++length) {
+      const size_t known = size_t{1} << (length - 1);
+      std::memcpy(table + known, table, known * sizeof(T));
+      for (int i = 0; i < code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
+        table[code_bits(next)] = entry_of(*symbol, length);
       }
     }
-    return true;
+    return next;
   }
 
   // Note [the literal table]
@@ -515,7 +545,7 @@ struct Stream {
   static Entry length_entry(size_t length, int bits) {
     const size_t move = length <= kMaxCopy ? (0 - length) << kMoveLengthShift : kLongLength;
     return {static_cast<uint16_t>(move + static_cast<size_t>(bits)),
-            static_cast<uint32_t>((0 - length) << kTextLengthShift)};
+            static_cast<uint32_t>((kMaxMatch - length) << kTextLengthShift)};
   }
 
   // The entry, or its first two literals if it has three: with one more in front there is room for no other.
@@ -544,7 +574,7 @@ struct Stream {
     const size_t part = run >> extra_bits;
     for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to = to + part) {
       const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
-      fill_run(to, part, value <= kMaxTableLength ? length_entry(value, length + extra_bits) : Entry{0, 0});
+      fill_run(to, part, length_entry(value, length + extra_bits));
     }
   }
 
@@ -608,41 +638,31 @@ struct Stream {
 
   void fill_distances() {
     constexpr uint32_t kIndexes = 1 << kDistanceIndexBits, kLong = 1 << kLongDistanceBits;
+    const auto entry_of = [](int symbol, int length) {
+      return symbol < kMaxDynamicDistanceSymbols
+                 ? kDistanceEntries[symbol] + static_cast<uint64_t>(length) * kDistanceEntryOfBit
+                 : kAbsurdDistance;
+    };
     distances[0] = kAbsurdDistance;
-    std::fill(distances + kNeutral + 1, distances + kNeutral + 1 + kLong, kAbsurdDistance);
+    uint32_t next = fill_by_doubling<kDistanceIndexBits>(distance_code, distances, entry_of);
     std::fill(long_distance_at, long_distance_at + kIndexes, static_cast<uint16_t>(kNeutral + 1));
-    size_t next_table = kNeutral + 1 + kLong;
+    size_t next_table = kNeutral + 1;
+    const auto add_table = [&] {
+      std::fill_n(distances + std::exchange(next_table, next_table + kLong), kLong, kAbsurdDistance);
+    };
+    add_table();
     const uint16_t* symbol = distance_code.symbol;
-    uint32_t next = 0;  // the next code, first bit highest, in kMaxCodeBits bits
-    for (int length = 1; length <= kDistanceIndexBits + kLongDistanceBits; ++length) {
-      if (length <= kDistanceIndexBits) {  // one bit more does not change what is known so far
-        const size_t known = size_t{1} << (length - 1);
-        std::memcpy(distances + known, distances, known * sizeof distances[0]);
-      }
+    for (int length = 1; length <= kDistanceIndexBits; ++length) symbol += distance_code.count[length];
+    for (int length = kDistanceIndexBits + 1; length <= kDistanceIndexBits + kLongDistanceBits; ++length) {
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
-        if (*symbol >= kMaxDynamicDistanceSymbols) continue;
-        const uint64_t extra_bits = kDistanceExtra[*symbol], code_length = static_cast<uint64_t>(length);
-        const uint64_t base = kDistanceBase[*symbol] | (kDistanceBase[*symbol] < kMaxCopy ? kAbsurdDistance : 0);
-#ifdef CXRFAST_INFLATE_BMI2
-        const uint64_t where = extra_bits << 8 | code_length;
-#else
-        const uint64_t where = (uint64_t{1} << extra_bits) - 1;
-#endif
-        const uint64_t entry = base | where << kExtraShift | (code_length + extra_bits) << kDistanceUsedShift |
-                               code_length << kDistanceCodeShift;
-        const uint32_t code = code_bits(next);  // first bit lowest
-        if (length <= kDistanceIndexBits) {
-          distances[code] = entry;
-          continue;
-        }
+        const uint32_t code = code_bits(next);
         uint16_t& table_at = long_distance_at[code % kIndexes];
         if (table_at == kNeutral + 1) {
           table_at = static_cast<uint16_t>(next_table);
-          std::fill(distances + next_table, distances + next_table + kLong, kAbsurdDistance);
-          next_table += kLong;
+          add_table();
         }
         for (uint32_t at = code / kIndexes; at < kLong; at += 1u << (length - kDistanceIndexBits)) {
-          distances[table_at + at] = entry;
+          distances[table_at + at] = entry_of(*symbol, length);
         }
       }
     }
@@ -771,7 +791,7 @@ template <int k>
   uint64_t distance = distance_of(found, bits);
   uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
   if (move >= kLongLength) [[unlikely]] {
-    length = 255 & (0 - (stream.texts[has_length ? at : second_at] >> kTextLengthShift));
+    length = kMaxMatch - (stream.texts[has_length ? at : second_at] >> kTextLengthShift);
   }
   if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
     if (found == kAbsurdDistance) {

@@ -62,7 +62,7 @@ template <int K>
                     static_cast<int>(Stop::kMatch) == 2,
                 "written into the text: there are 30 operands at most");
   static_assert(kDistanceIndexBits == 8 && kCountShift == 8 && kCountMask == 7 && kMoveLengthShift == 11 &&
-                    kTextLengthShift == 24,
+                    kTextLengthShift == 24 && kMaxMatch == 258,
                 "likewise");
   constexpr size_t kBase = kIndexBits;
   lanes.steps = steps;
@@ -219,7 +219,8 @@ template <int K>
     shrx %%rcx, %%rdx, %%rdx
     bzhil %%edi, %%edx, %%ebp
   95\k:
-    movsbq \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%rbp
+    movzbl \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%ebp
+    subq $258, %%rbp
     # what follows still needs its 32 bytes a step
     movq %%\O, %%rdx
     subq %%rbp, %%rdx
