@@ -436,9 +436,10 @@ def test_codes_of_every_length(driver: Driver) -> None:
             extra = rng.randrange(16)
             bits.number(extra, 4)
             length += extra
-        which = rng.randrange(10)
+        reachable = [i for i in range(16) if 2 * DISTANCES[i][0] <= len(out)]
+        which = rng.choice(reachable)
         bits.code(distance_code[which])
-        base, count = [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (7, 1), (9, 2), (13, 2), (17, 3), (25, 3)][which]
+        base, count = DISTANCES[which]
         extra = rng.randrange(1 << count)
         bits.number(extra, count)
         for _ in range(length):
