@@ -54,7 +54,8 @@ struct alignas(256) Lanes {
 //
 // Labels, behind the stream's number: 1 long tables, 2 entry found (with a 1 or a 2 between, for the two places of a
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
-// found, 3 long tables of the distance; 93 to 98 a length above kMaxCopy: it is looked up again, and copied or repeated.
+// found, 3 long tables of the distance; 93 to 98 a length above kMaxCopy: it is looked up again, and copied or
+// repeated.
 template <int K>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
