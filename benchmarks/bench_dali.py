@@ -103,11 +103,23 @@ def with_plain_dali(stack: ExitStack) -> Prepare:
 
 
 def with_backend(name: str) -> Callable[[ExitStack], Prepare]:
+    """As prep uses it: the films shared among as many calls as may be under way at once."""
+
     def make(stack: ExitStack) -> Prepare:
         if reason := missing(name):
             pytest.skip(reason)
         decoder = stack.enter_context(choose_decoder(name, THREADS)[0])
-        return lambda films: decoder.decode_resize(films, SIZE).images
+        calls = stack.enter_context(ThreadPoolExecutor(decoder.calls))
+
+        def prepare(films: list[Path]) -> np.ndarray:
+            images = np.empty((len(films), SIZE, SIZE), np.uint8)
+            shares = [slice(first, None, decoder.calls) for first in range(decoder.calls)]
+            decoded = calls.map(lambda share: decoder.decode_resize(films[share], SIZE), shares)
+            for share, part in zip(shares, decoded, strict=True):
+                images[share] = part.images
+            return images
+
+        return prepare
 
     return make
 
