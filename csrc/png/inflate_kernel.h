@@ -57,6 +57,9 @@ constexpr uint64_t kNoDistance = 128;
 constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
 
+// A code that CanonicalCode accepts has two symbols at least behind each index that is too short for them.
+constexpr size_t kLongDistanceTables = kDistanceSymbols / 2;
+
 // What does not depend on the code, by symbol; what each bit of the code adds.
 constexpr auto kDistanceEntries = [] {
   std::array<uint64_t, kMaxDynamicDistanceSymbols> entries{};
@@ -194,7 +197,7 @@ struct Stream {
   alignas(64) uint16_t moves[kEntries];
   alignas(64) uint32_t texts[kEntries];
   // [kNeutral]: neutral. Behind it the long tables, the first of them for the indexes that have none.
-  alignas(64) uint64_t distances[kNeutral + 1 + (1 << kLongDistanceBits) * (1 + (1 << kDistanceIndexBits))];
+  alignas(64) uint64_t distances[kNeutral + 1 + (1 + kLongDistanceTables) * (1 << kLongDistanceBits)];
   alignas(64) uint16_t long_at[1 << kIndexBits];
   alignas(64) uint16_t long_distance_at[1 << kDistanceIndexBits];
 

@@ -54,8 +54,8 @@ struct alignas(256) Lanes {
 //
 // Labels, behind the stream's number: 1 long tables, 2 entry found (with a 1 or a 2 between, for the two places of a
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
-// found, 3 long tables of the distance; 93 to 98 a length above kMaxCopy: it is looked up again, and copied or
-// repeated.
+// found, 3 long tables of the distance, 92 none there; 93 to 96 a length above kMaxCopy is looked up again and copied;
+// 97 and 98 a repetition.
 template <int K>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
@@ -164,22 +164,14 @@ template <int K>
     movq %%rdx, %c[distance_bits](%%rdi)
     movq %%\O, %%rdx
     subq %%rcx, %%rdx
-    andl %[true_distance], %%edx
+    testl %[true_distance], %%edx
     jz 3\k\()f
+  92\k:
     cmpq $-1, %%rbp
     je 93\k\()f
-    cmpl %[copy], %%edx
-    ja 7\k\()f
-    movq %%\O, %%rcx
-    subq %%rdx, %%rcx
-    cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
-    jl 7\k\()f
-    shll $4, %%edx
-    vmovdqu (%%rcx), %%xmm0
-    vpshufb %c[repeats]-16(%%rdi,%%rdx), %%xmm0, %%xmm0
-    vmovdqu %%xmm0, (%%\O)
-    subq %%rbp, %%\O
-    jmp 5\k\()b
+    movq %%\O, %%rdx
+    subq %%rbp, %%rdx
+    jmp 97\k\()f
   3\k:
     peek \P, \P32, \L, \L32
     movl %%\L32, %%edx
@@ -192,9 +184,7 @@ template <int K>
     jnz 9\k\()b
     movswq %%ax, %%rbp
     sarq $11, %%rbp
-    cmpq $-1, %%rbp
-    jne 7\k\()f
-    jmp 93\k\()f
+    jmp 92\k\()b
   4\k:
     movq %%rdx, %c[distance_bits](%%rdi)
   93\k: # the length stands in the text of the step's first or second entry
@@ -241,7 +231,7 @@ template <int K>
     jb 96\k\()b
     movq %%rdx, %%\O
     jmp 5\k\()b
-  97\k:
+  97\k: # rcx: the source, before the start; rdx: the copy's end. There is no distance yet where the true one is 0
     movq %%\O, %%rax
     subq %%rcx, %%rax
     andl %[true_distance], %%eax
