@@ -35,6 +35,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cxrfast
+
 SIZE = 224
 FILMS = 40  # of the 200 grey originals, evenly spaced; prepared once by each way in a round
 ROUNDS = 11
@@ -292,3 +294,27 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@pytest.mark.films
+def test_whole_images_against_pillow(benchmark: Any, grey_films: list[bytes]) -> None:
+    """``cxrfast.decode``, nothing resized: one film a call, so inflate has one stream."""
+    pytest.importorskip("cxrfast.decode.native")
+    ways: dict[str, Callable[[bytes], Any]] = {
+        "Pillow": lambda film: np.asarray(Image.open(io.BytesIO(film)).convert("L")),
+        "cxrfast.decode": cxrfast.decode,
+    }
+    assert all((ways["Pillow"](film) == ways["cxrfast.decode"](film)).all() for film in grey_films)
+    ratios: list[float] = []
+
+    def take_turns() -> None:
+        seconds = []
+        for one in ways.values():
+            began = time.process_time()
+            for film in grey_films:
+                one(film)
+            seconds.append(time.process_time() - began)
+        ratios.append(seconds[0] / seconds[1])
+
+    benchmark.pedantic(take_turns, rounds=7, warmup_rounds=1)
+    print(f"\ncxrfast.decode: {statistics.median(ratios[1:]):.2f} x Pillow")
