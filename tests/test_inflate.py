@@ -274,6 +274,23 @@ def test_far_and_near_copies(driver: Driver) -> None:
     assert all(result.code == 0 for result in driver.check(jobs))
 
 
+def test_after_near_copies(driver: Driver) -> None:
+    """Streams full of copies that overlap themselves change how steps are taken, for themselves and their neighbours."""
+    rng = random.Random(8)
+    data = bytearray(rng.randbytes(20))
+    while len(data) < 100_000:  # some thousand steps
+        distance = rng.randrange(1, 18)
+        for _ in range(rng.choice([3, 4, 5, 8, 15, 16, 17, 18, 33])):
+            data.append(data[-distance])
+        data.append(rng.randrange(256))
+    near = Job(compress(bytes(data), 9), len(data))
+    jobs = [random_job(rng) for _ in range(12)] + [stream_of_random_codes(rng, 0.6, 400) for _ in range(6)]
+    driver.left_to_careful = 0
+    driver.check([near, near, near], *([near, near, *jobs[at : at + 2]] for at in range(0, len(jobs), 2)))
+    assert driver.left_to_careful == 0
+    driver.check(*([near, mutated(rng, near), mutated(rng, rng.choice(jobs))] for _ in range(20)))
+
+
 @given(data=st.lists(st.tuples(st.binary(max_size=60), st.integers(0, 300))), level=st.integers(0, 9))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes(driver: Driver, data: list[tuple[bytes, int]], level: int) -> None:

@@ -54,7 +54,8 @@ constexpr int kExtraShift = 32, kDistanceUsedShift = 48, kDistanceCodeShift = 56
 constexpr size_t kNeutral = 1 << kDistanceIndexBits;
 // The neutral distance: far enough back that its bytes have left the store queue.
 constexpr uint64_t kNoDistance = 128;
-constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30;  // added to distances; no output that comes here is as long
+// Instead of a distance, or, twice that, added to one; no output that comes here is as long.
+constexpr uint64_t kAbsurdDistance = uint64_t{1} << 30, kNearDistance = 2 * kAbsurdDistance;
 constexpr uint64_t kMaxFastNbytes = kAbsurdDistance;
 
 // A code that CanonicalCode accepts has two symbols at least behind each index that is too short for them.
@@ -71,7 +72,7 @@ constexpr auto kDistanceEntries = [] {
     const uint64_t where = (uint64_t{1} << extra_bits) - 1;
 #endif
     entries[s] =
-        base | (base < kMaxCopy ? kAbsurdDistance : 0) | where << kExtraShift | extra_bits << kDistanceUsedShift;
+        base | (base < kMaxCopy ? kNearDistance : 0) | where << kExtraShift | extra_bits << kDistanceUsedShift;
   }
   return entries;
 }();

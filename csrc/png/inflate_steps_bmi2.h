@@ -17,6 +17,11 @@
 // position and output are stored in registers only by its third part, so that steps under way can be given up at any
 // point: they are taken again.
 //
+// Note [near distances]
+// A copy that overlaps itself is rare in films of one byte a pixel, and a branch. Where it is not rare (pixels of several
+// bytes: each third repetition in NIH's RGBA files) nobody could predict that branch. So there is a second text, in which
+// every copy is a permutation of what was loaded, the same bytes unless the distance is near. Habit chooses.
+//
 // The text is macros of the assembler, for the numbers and registers of one stream.
 // Registers: rdi the lanes, kIndexBits into them, which makes its lowest byte what BZHI takes to find an index
 // P position   O out   L bits that are left over, then those of this step
@@ -25,17 +30,33 @@
 
 // [distance - 1]: what repeats the last `distance` bytes over a copy; how many of its bytes are whole repetitions.
 struct Repeats {
-  alignas(16) uint8_t of[kMaxCopy][kMaxCopy];
+  alignas(16) uint8_t none[kMaxCopy];  // [-1], as it were: the copy as it is
+  uint8_t of[kMaxCopy][kMaxCopy];
   uint8_t whole[kMaxCopy];
 };
 constexpr Repeats kRepeats = [] {
   Repeats repeats{};
   for (size_t distance = 1; distance <= kMaxCopy; ++distance) {
     for (size_t i = 0; i < kMaxCopy; ++i) repeats.of[distance - 1][i] = static_cast<uint8_t>(i % distance);
+    repeats.none[distance - 1] = static_cast<uint8_t>(distance - 1);
     repeats.whole[distance - 1] = static_cast<uint8_t>(kMaxCopy / distance * distance);
   }
   return repeats;
 }();
+
+// Whether near distances are common, as far as some dozens of steps can tell; looked at again now and then.
+struct Habit {
+  bool expects_near = false;
+  uint64_t steps = 0, near = 0;
+
+  void note(uint64_t more_steps, uint64_t more_near) {
+    steps += more_steps;
+    near += more_near;
+    if (steps < (expects_near ? 4096 : 64)) return;
+    expects_near = !expects_near && 16 * near > steps;
+    steps = near = 0;
+  }
+};
 
 struct alignas(256) Lanes {
   Stream streams[kInflateStreams];
@@ -48,7 +69,11 @@ struct alignas(256) Lanes {
   uint64_t why, stream, minus_length;
   // Scratch.
   uint64_t rbp, distance_bits, source;
+  uint64_t near = 0;  // copies that overlapped themselves, as far as they were branches
+  Habit habit;
 };
+static_assert(offsetof(Repeats, of) == 16 && offsetof(Lanes, near) == offsetof(Lanes, source) + 8,
+              "written into the text");
 
 // Takes up to `steps` > 0 steps of each of the first K streams.
 //
@@ -56,7 +81,7 @@ struct alignas(256) Lanes {
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
 // found, 3 long tables of the distance, 92 none there; 93 to 96 a length above kMaxCopy is looked up again and copied;
 // 97 and 98 a repetition.
-template <int K>
+template <int K, bool kExpectsNear>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
                     static_cast<int>(Stop::kMatch) == 2,
@@ -122,6 +147,14 @@ template <int K>
     shrx %%rdx, %%\L, %%\L
     addq %%rdx, %%\P
     addl \k*%c[size]+%c[distances](%%rdi,%%rbp,8), %%ecx
+  .if %c[near]
+    movq %%rdx, %c[distance_bits](%%rdi)
+    movl %%ecx, %%edx
+    sarl $31, %%edx
+    andl %%ecx, %%edx
+    shll $4, %%edx
+    btrl $31, %%ecx
+  .endif
     movswq %%ax, %%rbp
     sarq $11, %%rbp
     negq %%rcx
@@ -131,6 +164,9 @@ template <int K>
     cmpq $-1, %%rbp
     je 4\k\()f
     vmovdqu (%%rcx), %%xmm0
+  .if %c[near]
+    vpshufb %c[repeats]-16(%%rdi,%%rdx), %%xmm0, %%xmm0
+  .endif
     vmovdqu %%xmm0, (%%\O)
     subq %%rbp, %%\O
   5\k:
@@ -161,7 +197,9 @@ template <int K>
   6\k:
     testq %%rbp, %%rbp
     jz 5\k\()b
+  .ifeq %c[near]
     movq %%rdx, %c[distance_bits](%%rdi)
+  .endif
     movq %%\O, %%rdx
     subq %%rcx, %%rdx
     testl %[true_distance], %%edx
@@ -186,7 +224,13 @@ template <int K>
     sarq $11, %%rbp
     jmp 92\k\()b
   4\k:
+  .if %c[near]
+    testl %%edx, %%edx
+    jz 93\k\()f
+    addq $-0x80000000, %%rcx # before the start again
+  .else
     movq %%rdx, %c[distance_bits](%%rdi)
+  .endif
   93\k: # the length stands in the text of the step's first or second entry
     movq %%rcx, %c[source](%%rdi)
     movzbl %%al, %%edx
@@ -238,6 +282,7 @@ template <int K>
     jz 7\k\()f
     cmpl %[copy], %%eax
     ja 7\k\()f
+    addq $1, %c[source]+8(%%rdi)
     movq %%\O, %%rcx
     subq %%rax, %%rcx
     cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
@@ -351,13 +396,21 @@ template <int K>
         [distances] "i"(offsetof(Stream, distances) - kBase), [long_at] "i"(offsetof(Stream, long_at) - kBase),
         [long_distance_at] "i"(offsetof(Stream, long_distance_at) - kBase), [steps] "i"(offsetof(Lanes, steps) - kBase),
         [nothing] "i"(offsetof(Lanes, nothing) - kBase), [neutral] "i"(offsetof(Lanes, neutral) - kBase),
-        [reversed] "i"(offsetof(Lanes, reversed) - kBase), [repeats] "i"(offsetof(Lanes, repeats) - kBase),
+        [reversed] "i"(offsetof(Lanes, reversed) - kBase), [repeats] "i"(offsetof(Lanes, repeats.of) - kBase),
         [whole] "i"(offsetof(Lanes, repeats.whole) - kBase), [why] "i"(offsetof(Lanes, why) - kBase),
         [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
         [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
         [source] "i"(offsetof(Lanes, source) - kBase), [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits),
-        [long_distance_bits] "i"(kLongDistanceBits), [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
+        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear), [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
+}
+
+template <int K>
+Stopped take_steps(Lanes& lanes, uint64_t steps) {
+  const bool expects_near = lanes.habit.expects_near;
+  const Stopped stopped = expects_near ? take_steps<K, true>(lanes, steps) : take_steps<K, false>(lanes, steps);
+  lanes.habit.note((steps - lanes.steps) * K, std::exchange(lanes.near, 0));
+  return stopped;
 }
