@@ -275,7 +275,7 @@ def test_far_and_near_copies(driver: Driver) -> None:
 
 
 def test_after_near_copies(driver: Driver) -> None:
-    """Streams full of copies that overlap themselves change how steps are taken, for themselves and their neighbours."""
+    """Streams full of copies that overlap themselves change how steps are taken, also for their neighbours."""
     rng = random.Random(8)
     data = bytearray(rng.randbytes(20))
     while len(data) < 100_000:  # some thousand steps

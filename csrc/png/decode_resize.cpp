@@ -261,6 +261,7 @@ class FilmDecoder::Run final : public InflateFeed {
 };
 
 void FilmDecoder::decode_resize(FilmSource& source, uint32_t size, Isa isa) {
+  clear_upper_halves();
   Run(*this, source, size, isa).to_the_end();
 }
 
@@ -280,6 +281,7 @@ void FilmDecoder::decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa 
 
 Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* grey, Isa isa) {
   if (memory_of(0, chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
+  clear_upper_halves();
   Film& film = films_[0];
   film.chunks = chunks;
   const Header& header = chunks.header;

@@ -71,8 +71,7 @@ constexpr auto kDistanceEntries = [] {
 #else
     const uint64_t where = (uint64_t{1} << extra_bits) - 1;
 #endif
-    entries[s] =
-        base | (base < kMaxCopy ? kNearDistance : 0) | where << kExtraShift | extra_bits << kDistanceUsedShift;
+    entries[s] = base | (base < kMaxCopy ? kNearDistance : 0) | where << kExtraShift | extra_bits << kDistanceUsedShift;
   }
   return entries;
 }();

@@ -18,9 +18,10 @@
 // point: they are taken again.
 //
 // Note [near distances]
-// A copy that overlaps itself is rare in films of one byte a pixel, and a branch. Where it is not rare (pixels of several
-// bytes: each third repetition in NIH's RGBA files) nobody could predict that branch. So there is a second text, in which
-// every copy is a permutation of what was loaded, the same bytes unless the distance is near. Habit chooses.
+// A copy that overlaps itself is rare in films of one byte a pixel, and a branch. Where it is not rare (pixels of
+// several bytes: each third repetition in NIH's RGBA files) nobody could predict that branch. So there is a second
+// text, in which every copy is a permutation of what was loaded, the same bytes unless the distance is near. Habit
+// chooses.
 //
 // The text is macros of the assembler, for the numbers and registers of one stream.
 // Registers: rdi the lanes, kIndexBits into them, which makes its lowest byte what BZHI takes to find an index
@@ -401,7 +402,8 @@ template <int K, bool kExpectsNear>
         [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
         [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
         [source] "i"(offsetof(Lanes, source) - kBase), [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits),
-        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear), [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
+        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear), [true_distance] "i"(kAbsurdDistance - 1),
+        [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};

@@ -42,6 +42,12 @@ Isa best_isa() {
   return std::min(wanted, cpu_isa());
 }
 
+void clear_upper_halves() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (cpu_isa() != Isa::kPortable) asm volatile("vzeroupper");
+#endif
+}
+
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 bool isa_from_name(const char* name, Isa* isa_ret) {
