@@ -182,7 +182,7 @@ def _decode_ahead(
     """
     films = max(1, min(decoder.batch_films, _AHEAD_NBYTES // (decoder.calls + 1) // size**2))
     ahead = max(decoder.calls, _AHEAD_NBYTES // (films * size**2))
-    batches = (names[first : first + films] for first in range(0, len(names), films))
+    batches = _batches(names, films, decoder.calls)
     free: list[np.ndarray] = []  # the last one written is the next one used: it is still in the cache
     waiting: deque[tuple[list[str], Future[tuple[np.ndarray, Decoded]]]] = deque()
     pool = ThreadPoolExecutor(decoder.calls)
@@ -203,6 +203,15 @@ def _decode_ahead(
             free.append(rows)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _batches(names: list[str], films: int, calls: int) -> Generator[list[str], None, None]:
+    """Cut into batches of at most ``films``: towards the end smaller ones, so that all calls end at about one time."""
+    first = 0
+    while first < len(names):
+        count = max(1, films // 8, min(films, (len(names) - first) // (2 * calls)))
+        yield names[first : first + count]
+        first += count
 
 
 def _write(plan: Plan, names: list[str], decoded: Decoded, size: int, writer: StoreWriter) -> None:

@@ -8,8 +8,12 @@ on where it stopped when the same command is repeated.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
+
+# Read when numpy is loaded: OpenBLAS's threads wait for work that never comes, on the cores that decode.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from cxrfast.cli.common import run
 from cxrfast.prep import PrepConfig, prepare
