@@ -108,13 +108,24 @@ inline uint32_t code_bits(uint64_t bits) {
 struct CanonicalCode {
   // [l]: the last of the codes of up to l bits, as a number of 15 bits, -1 where there is none; [0]: above all codes.
   alignas(32) int16_t last[kMaxCodeBits + 1];
-  uint16_t count[kMaxCodeBits + 1];  // [l]: codes of l bits; [0] = 0
+  uint16_t count[kMaxCodeBits + 1];     // [l]: codes of l bits; [0] = 0
+  uint16_t literals[kMaxCodeBits + 1];  // [l]: those of symbols below 256, which come before the others
   int32_t shift_to_index[kMaxCodeBits + 1];
   uint16_t symbol[2 * kLiteralSymbols];  // in the order of their codes; behind them those that have none
 
   // False for a set that the careful decoder must look at: over-subscribed, or incomplete unless it is one code of one
   // bit or none.
-  bool build(const uint8_t* bits, int symbols) {
+  bool build(const uint8_t* bits, int symbols, Isa isa) {
+    last[0] = INT16_MAX;
+    count[0] = literals[0] = 0;
+    shift_to_index[0] = 0;
+#ifdef CXRFAST_INFLATE_BMI2
+    if (isa == Isa::kAvx512) {
+      order_symbols_avx512(bits, symbols, symbol, count, literals);
+      return set_ranges();
+    }
+#endif
+    (void)isa;
     // Counters of their own for each quarter of the symbols: a counter that was just written is slow to read.
     constexpr int kParts = 4;
     const int part = symbols / kParts;
@@ -126,24 +137,37 @@ struct CanonicalCode {
       for (int s = kParts * part; s < symbols; ++s) count_one(kParts - 1, s);
     };
     each_symbol([&](int p, int s) { ++counts[p][bits[s]]; });
-    uint32_t code = 0;
     uint16_t index = 0, unused = kLiteralSymbols;
-    last[0] = INT16_MAX;
-    count[0] = 0;
-    shift_to_index[0] = 0;
     for (int p = 0; p < kParts; ++p) unused = static_cast<uint16_t>(unused + std::exchange(counts[p][0], unused));
     for (int length = 1; length <= kMaxCodeBits; ++length) {
-      shift_to_index[length] = index - static_cast<int32_t>(code >> (kMaxCodeBits - length));
       const uint16_t before = index;
       for (int p = 0; p < kParts; ++p) index = static_cast<uint16_t>(index + std::exchange(counts[p][length], index));
       count[length] = static_cast<uint16_t>(index - before);
+    }
+    if (!set_ranges()) return false;
+    each_symbol([&](int p, int s) { symbol[counts[p][bits[s]]++] = static_cast<uint16_t>(s); });
+    const uint16_t* end = symbol;
+    for (int length = 1; length <= kMaxCodeBits; ++length) {
+      end += count[length];
+      int others = 0;
+      while (others < count[length] && end[-1 - others] >= kEndOfBlock) ++others;
+      literals[length] = static_cast<uint16_t>(count[length] - others);
+    }
+    return true;
+  }
+
+  // What follows from the counts; what build returns.
+  bool set_ranges() {
+    uint32_t code = 0;
+    int index = 0;
+    for (int length = 1; length <= kMaxCodeBits; ++length) {
+      shift_to_index[length] = index - static_cast<int32_t>(code >> (kMaxCodeBits - length));
+      index += count[length];
       code += uint32_t{count[length]} << (kMaxCodeBits - length);
       if (code > 1u << kMaxCodeBits) return false;
       last[length] = static_cast<int16_t>(code - 1);
     }
-    if (code != 1u << kMaxCodeBits && !(index == 0 || (index == 1 && count[1] == 1))) return false;
-    each_symbol([&](int p, int s) { symbol[counts[p][bits[s]]++] = static_cast<uint16_t>(s); });
-    return true;
+    return code == 1u << kMaxCodeBits || index == 0 || (index == 1 && count[1] == 1);
   }
 
   bool complete() const { return last[kMaxCodeBits] == INT16_MAX; }
@@ -215,7 +239,6 @@ struct Stream {
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
-  uint16_t literals_of[kIndexBits + 1];  // [l]: literals with codes of l bits; the other symbols come behind them
 
   uint64_t peek() const { return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7); }
 
@@ -333,9 +356,9 @@ struct Stream {
   bool fixed_codes() {
     uint8_t bits[kLiteralSymbols];
     for (int s = 0; s < kLiteralSymbols; ++s) bits[s] = fixed_literal_bits(s);
-    literal_code.build(bits, kLiteralSymbols);
+    literal_code.build(bits, kLiteralSymbols, isa);
     std::memset(bits, kFixedDistanceBits, kDistanceSymbols);
-    distance_code.build(bits, kDistanceSymbols);
+    distance_code.build(bits, kDistanceSymbols, isa);
     fill_literals();
     fill_distances();
     return true;
@@ -380,8 +403,8 @@ struct Stream {
       }
       position += taken;
     }
-    if (position > end || bits[kEndOfBlock] == 0 || !literal_code.build(bits, literal_count) ||
-        !distance_code.build(bits + literal_count, distance_count)) {
+    if (position > end || bits[kEndOfBlock] == 0 || !literal_code.build(bits, literal_count, isa) ||
+        !distance_code.build(bits + literal_count, distance_count, isa)) {
       return false;
     }
     fill_literals();
@@ -390,9 +413,9 @@ struct Stream {
   }
 
   // The code of the code lengths, for all values of its next 7 bits: symbol + 256 * bits; false unless it is complete.
-  static bool fill_length_code(const uint8_t* length_bits, uint16_t* table) {
+  bool fill_length_code(const uint8_t* length_bits, uint16_t* table) const {
     CanonicalCode code;
-    if (!code.build(length_bits, kLengthCodeSymbols) || !code.complete()) return false;
+    if (!code.build(length_bits, kLengthCodeSymbols, isa) || !code.complete()) return false;
     fill_by_doubling<kMaxLengthCodeBits>(
         code, table, [](int symbol, int length) { return static_cast<uint16_t>(symbol + 256 * length); });
     return true;
@@ -423,19 +446,12 @@ struct Stream {
     alignas(64) uint16_t known_moves[2 << kIndexBits];
     alignas(64) uint32_t known_texts[2 << kIndexBits];
     const Entries tables = {known_moves, known_texts};  // known[m] at 2^m
-    const uint16_t* symbol = literal_code.symbol;
-    for (int length = 1; length <= kIndexBits; ++length) {
-      symbol += literal_code.count[length];
-      int others = 0;
-      while (others < literal_code.count[length] && symbol[-1 - others] >= kEndOfBlock) ++others;
-      literals_of[length] = static_cast<uint16_t>(literal_code.count[length] - others);
-    }
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
     // Of literals within the index, where more might fit into it than into an entry.
     uint8_t bits_of[kEndOfBlock] = {};
     if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
-      symbol = literal_code.symbol;
+      const uint16_t* symbol = literal_code.symbol;
       for (int length = 1; length <= kIndexBits; ++length) {
         for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
           if (*symbol < kEndOfBlock) bits_of[*symbol] = static_cast<uint8_t>(length);
@@ -499,7 +515,7 @@ struct Stream {
       const size_t run = size_t{1} << (m - length);
       const Entries from = tables + run;
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = symbol + literals_of[length];
+      const uint16_t* const literals_end = symbol + literal_code.literals[length];
       if (too_many) {
         for (; symbol < literals_end; ++symbol, to = to + run) {
           for (size_t k = 0; k < run; ++k) {
@@ -615,7 +631,7 @@ struct Stream {
     for (int length = 1; length <= kIndexBits; ++length) {
       const uint32_t step = 1u << (kTableBits - length);
       const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = symbol + literals_of[length];
+      const uint16_t* const literals_end = symbol + literal_code.literals[length];
       code += step * static_cast<uint32_t>(literals_end - symbol);
       for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
         const int used = length + extra_bits_of(*symbol);

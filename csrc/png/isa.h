@@ -11,7 +11,7 @@ namespace cxrfast::png {
 enum class Isa : uint8_t {
   kPortable = 0,  // plain C++: any CPU, arm64 included
   kAvx2 = 1,      // AVX2, BMI1, BMI2, PCLMULQDQ
-  kAvx512 = 2,    // kAvx2 and AVX-512 F, BW, DQ, VL, VBMI, VNNI, VPCLMULQDQ
+  kAvx512 = 2,    // kAvx2 and AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, VPCLMULQDQ
 };
 
 // The highest level that this CPU and operating system run.
