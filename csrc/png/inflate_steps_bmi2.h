@@ -402,8 +402,8 @@ template <int K, bool kExpectsNear>
         [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
         [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
         [source] "i"(offsetof(Lanes, source) - kBase), [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits),
-        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear), [true_distance] "i"(kAbsurdDistance - 1),
-        [copy] "i"(kMaxCopy)
+        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear ? 1 : 0),
+        [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
