@@ -209,7 +209,7 @@ def _batches(names: list[str], films: int, calls: int) -> Generator[list[str], N
     """Cut into batches of at most ``films``: towards the end smaller ones, so that all calls end at about one time."""
     first = 0
     while first < len(names):
-        count = max(1, films // 8, min(films, (len(names) - first) // (2 * calls)))
+        count = max(1, films // 8, min(films, (len(names) - first) // calls))
         yield names[first : first + count]
         first += count
 

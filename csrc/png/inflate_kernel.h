@@ -111,7 +111,7 @@ struct CanonicalCode {
   uint16_t count[kMaxCodeBits + 1];     // [l]: codes of l bits; [0] = 0
   uint16_t literals[kMaxCodeBits + 1];  // [l]: those of symbols below 256, which come before the others
   int32_t shift_to_index[kMaxCodeBits + 1];
-  uint16_t symbol[2 * kLiteralSymbols];  // in the order of their codes; behind them those that have none
+  uint16_t symbol[2 * kLiteralSymbols];  // in the order of their codes; room for more behind them
 
   // False for a set that the careful decoder must look at: over-subscribed, or incomplete unless it is one code of one
   // bit or none.

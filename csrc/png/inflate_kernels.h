@@ -13,10 +13,10 @@ namespace cxrfast::png {
 void inflate_portable(InflateFeed& feed);
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CXRFAST_INFLATE_AVX2 1
-void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the checksum and what follows
+void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the checksum and the order of symbols
 
-// order: the symbols 0 .. symbols - 1 that have a code, bits[s] > 0 long, those of one bit first, 32 more are written.
-// [l] of count, of literals: how many have l bits, how many of these are below 256.
+// order: the symbols 0 .. symbols - 1 that have a code, bits[s] > 0 long, those of one bit first; up to 32 elements
+// behind them are overwritten. [l] of count, of literals: how many have l bits, how many of these are below 256.
 void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uint16_t* count, uint16_t* literals);
 #endif
 
