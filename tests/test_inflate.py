@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 SEGMENTS = (0, 999, 70_000)  # bytes at a time; 0: all at once
-SOURCES = ["inflate", "inflate_careful", "inflate_portable", "inflate_avx2", "inflate_order_avx512", "adler32", "isa"]
+SOURCES = ["inflate", "inflate_careful", "inflate_portable", "inflate_avx2", "inflate_tables_avx512", "adler32", "isa"]
 CAREFUL = 255
 CORRUPT = 1
 

@@ -13,6 +13,7 @@ constexpr int kDistanceSymbols = 32;   // likewise 30 and 31
 constexpr int kMaxDynamicLiteralSymbols = 286;
 constexpr int kMaxDynamicDistanceSymbols = 30;
 constexpr int kLengthCodeSymbols = 19;
+constexpr int kMaxRepeat = 138;  // of a code length
 constexpr int kEndOfBlock = 256;
 constexpr int kFirstLength = 257;
 constexpr int kLengthSymbols = 29;

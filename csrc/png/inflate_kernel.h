@@ -24,29 +24,16 @@
 // and writes at most kStepNbytes; the number of steps that are safe for every stream is computed before them, so the
 // steps themselves check nothing, read inside the input and write inside the output.
 
-// One entry of the literal table is split in two, so that what a stream waits for takes little of a first-level cache:
-// - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
-//   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
-// - its text: bits 0-23 up to three literals, first lowest   24-31 kMaxMatch minus the length, if there is one.
-constexpr int kIndexBits = 10;
-constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
-constexpr int kDistanceIndexBits = 8, kLongDistanceBits = 4;
-constexpr size_t kMaxCopy = 16;
-constexpr int kMaxLiterals = 3;
+constexpr int kLongDistanceBits = 4;
 constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
               "one load must be enough for a step and the next one's index; before a long distance there is another");
+static_assert(kTableBits + kIndexBits < 32, "the bits that a step's literals use");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 // Behind a length the assembly stores the second literals, which are none then, wherever the move's upper byte says.
 static_assert(kMaxLiterals + 255 + 4 <= kInflatePad);
 static_assert(kStepNbytes + 8 <= 32 && kStepBits <= 64,
               "what Stream::safe_steps divides by; copy_pattern may write 8 more");
-
-constexpr int kCountShift = 8, kMoveLengthShift = 11, kTextLengthShift = 24;
-constexpr unsigned kCountMask = 7;
-constexpr uint16_t kLongLength = 31 << kMoveLengthShift;
-static_assert(kMaxCopy < 31, "-1 is taken");
-static_assert(kTableBits + kIndexBits < 32, "the bits that a step's literals use");
 
 // A distance entry: bits 0-31 base   32-47 where the extra bits are, for BEXTR, or a mask   48-55 bits used, extra
 // included   56-63 code length
@@ -81,9 +68,6 @@ constexpr uint64_t kDistanceEntryOfBit =
 #else
 constexpr uint64_t kDistanceEntryOfBit = uint64_t{1} << kDistanceUsedShift | uint64_t{1} << kDistanceCodeShift;
 #endif
-
-// Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
-constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
 
 inline uint64_t load64(const uint8_t* at) {
   uint64_t value;
@@ -170,6 +154,9 @@ struct CanonicalCode {
     return code == 1u << kMaxCodeBits || index == 0 || (index == 1 && count[1] == 1);
   }
 
+  // How many codes have from `first` to `last_length` bits.
+  int codes(int first, int last_length) const { return std::accumulate(count + first, count + last_length + 1, 0); }
+
   bool complete() const { return last[kMaxCodeBits] == INT16_MAX; }
 
   // The symbol whose code comes first in `bits`, and the code's length; -1 where there is none.
@@ -194,8 +181,6 @@ enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
 
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 constexpr auto kReversedLong = reversed_bits<kLongBits>();
-
-constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
 
 struct Entry {
   uint16_t move;
@@ -354,13 +339,13 @@ struct Stream {
   }
 
   bool fixed_codes() {
-    uint8_t bits[kLiteralSymbols];
-    for (int s = 0; s < kLiteralSymbols; ++s) bits[s] = fixed_literal_bits(s);
-    literal_code.build(bits, kLiteralSymbols, isa);
-    std::memset(bits, kFixedDistanceBits, kDistanceSymbols);
-    distance_code.build(bits, kDistanceSymbols, isa);
-    fill_literals();
-    fill_distances();
+    uint8_t literal_bits[kLiteralSymbols], distance_bits[kDistanceSymbols];
+    for (int s = 0; s < kLiteralSymbols; ++s) literal_bits[s] = fixed_literal_bits(s);
+    literal_code.build(literal_bits, kLiteralSymbols, isa);
+    std::memset(distance_bits, kFixedDistanceBits, kDistanceSymbols);
+    distance_code.build(distance_bits, kDistanceSymbols, isa);
+    fill_literals(literal_bits);
+    fill_distances(distance_bits, kDistanceSymbols);
     return true;
   }
 
@@ -368,63 +353,83 @@ struct Stream {
     const int literal_count = static_cast<int>(take(5)) + kFirstLength, distance_count = static_cast<int>(take(5)) + 1;
     const int length_codes = static_cast<int>(take(4)) + 4;
     if (literal_count > kMaxDynamicLiteralSymbols || distance_count > kMaxDynamicDistanceSymbols) return false;
-    uint8_t bits[kMaxDynamicLiteralSymbols + kMaxDynamicDistanceSymbols + 138];
     uint8_t length_bits[kLengthCodeSymbols] = {};
     {
       uint64_t sent = peek();  // 19 * 3 = 57 bits
       for (int i = 0; i < length_codes; ++i, sent >>= 3) length_bits[kLengthCodeOrder[i]] = sent & 7;
       position += static_cast<uint64_t>(length_codes) * 3;
     }
-    uint16_t length_codes_of[1 << kMaxLengthCodeBits];
+    alignas(64) LengthEntry length_codes_of[1 << kMaxLengthCodeBits];
     if (!fill_length_code(length_bits, length_codes_of)) return false;
 
+    // No branches but the end's, for repetitions come irregularly; and the next word is loaded before it is known how
+    // far the last one reached.
     const int total = literal_count + distance_count;
-    for (int i = 0; i < total;) {
-      if (position > end) return false;
-      // One load holds four of them: 7 bits each, and 7 extra.
-      uint64_t sent = peek();
-      unsigned taken = 0;
-      for (int k = 0; k < 4 && i < total; ++k) {
-        const unsigned found = length_codes_of[sent % std::size(length_codes_of)];
-        const int symbol = found & 255;
-        unsigned used = found >> 8;
-        if (symbol < 16) {
-          bits[i++] = static_cast<uint8_t>(symbol);
-        } else {
-          const unsigned extra_bits = symbol == 16 ? 2 : symbol == 17 ? 3 : 7;
-          const int repeat = (symbol == 18 ? 11 : 3) + static_cast<int>(low_bits(sent >> used, extra_bits));
-          if (repeat > total - i || (symbol == 16 && i == 0)) return false;
-          std::memset(bits + i, symbol == 16 ? bits[i - 1] : 0, static_cast<size_t>(repeat));
-          i += repeat;
-          used += extra_bits;
-        }
+    uint8_t bits[kMaxDynamicLiteralSymbols + kMaxDynamicDistanceSymbols + kMaxRepeat + 8] = {};
+    const uint8_t* next = reinterpret_cast<const uint8_t*>(position >> 3);
+    uint64_t sent = load64(next) >> (position & 7);
+    unsigned held = 64 - static_cast<unsigned>(position & 7);
+    next += 8;
+    if (length_codes_of[sent % std::size(length_codes_of)].symbols[0] == kFirstRepeat) return false;
+    int i = 0;
+    LengthEntry found{};
+    uint64_t before = 0;
+    for (;;) {
+      for (int k = 0; k < 4 && i < total; ++k) {  // of up to 14 bits
+        const size_t at = sent % std::size(length_codes_of);
+        const unsigned used = length_codes_of[at].used;
+        found = length_codes_of[at];
+        const RepeatOf& of = kRepeatOf[found.symbols[0]];
+        const unsigned count = found.count + static_cast<unsigned>(low_bits(sent, used) >> (used - of.extra_bits));
+        uint16_t symbols;
+        std::memcpy(&symbols, found.symbols, 2);
+        const uint64_t itself = symbols & of.itself;
+        before = (before & of.before) | (itself >> (found.count / 2 * 8 & 8) & 255) * 0x0101010101010101;
+        // More than seven are zeros.
+        const uint64_t kept = low_bits(itself | (before & of.before), 8 * count % 64);
+        std::memcpy(bits + i, &kept, 8);
+        i += static_cast<int>(count);
         sent >>= used;
-        taken += used;
+        held -= used;
       }
-      position += taken;
+      position = reinterpret_cast<uint64_t>(next) * 8 - held;
+      if (position > end) return false;
+      if (i >= total) break;
+      sent |= load64(next) << held;
+      next += (63 - held) / 8;
+      held |= 56;
+    }
+    if (i > total) {
+      if (found.symbols[0] >= kFirstRepeat) return false;
+      position -= length_bits[found.symbols[1]];  // of a pair only the first one is meant
     }
     if (position > end || bits[kEndOfBlock] == 0 || !literal_code.build(bits, literal_count, isa) ||
         !distance_code.build(bits + literal_count, distance_count, isa)) {
       return false;
     }
-    fill_literals();
-    fill_distances();
+    fill_literals(bits);
+    fill_distances(bits + literal_count, distance_count);
     return true;
   }
 
-  // The code of the code lengths, for all values of its next 7 bits: symbol + 256 * bits; false unless it is complete.
-  bool fill_length_code(const uint8_t* length_bits, uint16_t* table) const {
+  // False unless the code is complete.
+  bool fill_length_code(const uint8_t* length_bits, LengthEntry* table) const {
+#ifdef CXRFAST_INFLATE_BMI2
+    if (isa == Isa::kAvx512) return fill_length_code_avx512(length_bits, table);
+#endif
     CanonicalCode code;
     if (!code.build(length_bits, kLengthCodeSymbols, isa) || !code.complete()) return false;
-    fill_by_doubling<kMaxLengthCodeBits>(
-        code, table, [](int symbol, int length) { return static_cast<uint16_t>(symbol + 256 * length); });
+    fill_by_doubling<kMaxLengthCodeBits>(code, table, [](int symbol, int length) {
+      const RepeatOf& of = kRepeatOf[static_cast<size_t>(symbol)];
+      return LengthEntry{{static_cast<uint8_t>(symbol), 0}, static_cast<uint8_t>(length + of.extra_bits), of.count};
+    });
     return true;
   }
 
   // The codes of up to kBits bits, for all values of the next kBits bits: one bit more repeats what is known so far.
-  // [0] says what stands where there is none. Returns the next code, first bit highest, in kMaxCodeBits bits.
+  // [0] says what stands where there is none.
   template <int kBits, typename T, typename EntryOf>
-  [[gnu::always_inline]] static uint32_t fill_by_doubling(const CanonicalCode& code, T* table, EntryOf entry_of) {
+  [[gnu::always_inline]] static void fill_by_doubling(const CanonicalCode& code, T* table, EntryOf entry_of) {
     const uint16_t* symbol = code.symbol;
     uint32_t next = 0;
     for (int length = 1; length <= kBits; ++length) {
@@ -434,7 +439,6 @@ struct Stream {
         table[code_bits(next)] = entry_of(*symbol, length);
       }
     }
-    return next;
   }
 
   // Note [the literal table]
@@ -442,24 +446,20 @@ struct Stream {
   // by what the remaining m bits say: known[m], a smaller table of the same kind, whose entries are empty where no
   // whole symbol is known. So every table is made of runs of smaller ones, by vector instructions; at the end the
   // largest is brought into the order in which the bits arrive, lowest first.
-  void fill_literals() {
+  void fill_literals(const uint8_t* bits) {
     alignas(64) uint16_t known_moves[2 << kIndexBits];
     alignas(64) uint32_t known_texts[2 << kIndexBits];
     const Entries tables = {known_moves, known_texts};  // known[m] at 2^m
     int shortest = 1;
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
-    // Of literals within the index, where more might fit into it than into an entry.
-    uint8_t bits_of[kEndOfBlock] = {};
-    if (shortest * (kMaxLiterals + 1) <= kIndexBits) {
-      const uint16_t* symbol = literal_code.symbol;
-      for (int length = 1; length <= kIndexBits; ++length) {
-        for (int i = 0; i < literal_code.count[length]; ++i, ++symbol) {
-          if (*symbol < kEndOfBlock) bits_of[*symbol] = static_cast<uint8_t>(length);
-        }
-      }
+#ifdef CXRFAST_INFLATE_BMI2
+    if (isa == Isa::kAvx512 && shortest >= kShortestAvx512) {
+      return fill_literals_avx512(bits, literal_code.symbol, literal_code.codes(1, kIndexBits),
+                                  literal_code.codes(kIndexBits + 1, kTableBits), moves, texts, long_at);
     }
-    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits_of);
-    fill_known(tables, kIndexBits, shortest, bits_of);
+#endif
+    for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits);
+    fill_known(tables, kIndexBits, shortest, bits);
     reverse_index(tables + (size_t{1} << kIndexBits));
     fill_long();
   }
@@ -506,7 +506,7 @@ struct Stream {
     }
   }
 
-  void fill_known(Entries tables, int m, int shortest, const uint8_t* bits_of) const {
+  void fill_known(Entries tables, int m, int shortest, const uint8_t* bits) const {
     Entries to = tables + (size_t{1} << m);
     const uint16_t* const to_end = to.moves + (size_t{1} << m);
     const uint16_t* symbol = literal_code.symbol;
@@ -519,7 +519,7 @@ struct Stream {
       if (too_many) {
         for (; symbol < literals_end; ++symbol, to = to + run) {
           for (size_t k = 0; k < run; ++k) {
-            to.set(k, prefixed(without_fourth(from[k], bits_of), literal_entry(*symbol, length)));
+            to.set(k, prefixed(without_fourth(from[k], bits), literal_entry(*symbol, length)));
           }
         }
       } else if (run == 1) {
@@ -568,10 +568,10 @@ struct Stream {
   }
 
   // The entry, or its first two literals if it has three: with one more in front there is room for no other.
-  static Entry without_fourth(Entry entry, const uint8_t* bits_of) {
+  static Entry without_fourth(Entry entry, const uint8_t* bits) {
     if ((entry.move >> kCountShift & kCountMask) < kMaxLiterals) return entry;
     if (entry.move >> kMoveLengthShift != 0) return {0, 0};  // how many bits its length had is not known any more
-    return {static_cast<uint16_t>(entry.move - (1 << kCountShift) - bits_of[entry.text >> 16 & 255]), entry.text};
+    return {static_cast<uint16_t>(entry.move - (1 << kCountShift) - bits[entry.text >> 16 & 255]), entry.text};
   }
 
   // A literal in front of what there is room for behind it.
@@ -655,23 +655,38 @@ struct Stream {
     fill_run(to, static_cast<size_t>(to_end - to.moves), {0, 0});
   }
 
-  void fill_distances() {
-    constexpr uint32_t kIndexes = 1 << kDistanceIndexBits, kLong = 1 << kLongDistanceBits;
-    const auto entry_of = [](int symbol, int length) {
-      return symbol < kMaxDynamicDistanceSymbols
-                 ? kDistanceEntries[symbol] + static_cast<uint64_t>(length) * kDistanceEntryOfBit
-                 : kAbsurdDistance;
-    };
+  static uint64_t distance_entry(int symbol, int length) {
+    return symbol < kMaxDynamicDistanceSymbols
+               ? kDistanceEntries[symbol] + static_cast<uint64_t>(length) * kDistanceEntryOfBit
+               : kAbsurdDistance;
+  }
+
+  // What kDistanceIndexBits bits tell. bits: of the first `symbols` distances.
+  void fill_distance_index([[maybe_unused]] const uint8_t* bits, [[maybe_unused]] int symbols) {
+#ifdef CXRFAST_INFLATE_BMI2
+    if (isa == Isa::kAvx512) {
+      alignas(64) uint64_t entries[kDistanceSymbols];
+      for (int s = 0; s < kDistanceSymbols; ++s) entries[s] = distance_entry(s, s < symbols ? bits[s] : 0);
+      return fill_distances_avx512(bits, distance_code.symbol, distance_code.codes(1, kDistanceIndexBits), entries,
+                                   distances);
+    }
+#endif
     distances[0] = kAbsurdDistance;
-    uint32_t next = fill_by_doubling<kDistanceIndexBits>(distance_code, distances, entry_of);
+    fill_by_doubling<kDistanceIndexBits>(distance_code, distances, distance_entry);
+  }
+
+  // bits: of the first `symbols` distances.
+  void fill_distances(const uint8_t* bits, int symbols) {
+    constexpr uint32_t kIndexes = 1 << kDistanceIndexBits, kLong = 1 << kLongDistanceBits;
+    fill_distance_index(bits, symbols);
     std::fill(long_distance_at, long_distance_at + kIndexes, static_cast<uint16_t>(kNeutral + 1));
     size_t next_table = kNeutral + 1;
     const auto add_table = [&] {
       std::fill_n(distances + std::exchange(next_table, next_table + kLong), kLong, kAbsurdDistance);
     };
     add_table();
-    const uint16_t* symbol = distance_code.symbol;
-    for (int length = 1; length <= kDistanceIndexBits; ++length) symbol += distance_code.count[length];
+    const uint16_t* symbol = distance_code.symbol + distance_code.codes(1, kDistanceIndexBits);
+    auto next = static_cast<uint32_t>(distance_code.last[kDistanceIndexBits] + 1);
     for (int length = kDistanceIndexBits + 1; length <= kDistanceIndexBits + kLongDistanceBits; ++length) {
       for (int i = 0; i < distance_code.count[length]; ++i, ++symbol, next += 1u << (kMaxCodeBits - length)) {
         const uint32_t code = code_bits(next);
@@ -681,7 +696,7 @@ struct Stream {
           add_table();
         }
         for (uint32_t at = code / kIndexes; at < kLong; at += 1u << (length - kDistanceIndexBits)) {
-          distances[table_at + at] = entry_of(*symbol, length);
+          distances[table_at + at] = distance_entry(*symbol, length);
         }
       }
     }

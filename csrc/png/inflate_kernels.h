@@ -5,9 +5,51 @@
 #include <array>
 #include <cstdint>
 
+#include "deflate_format.h"
 #include "inflate.h"
 
 namespace cxrfast::png {
+
+// One entry of the literal table is split in two, so that what a stream waits for takes little of a first-level cache:
+// - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
+//   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
+// - its text: bits 0-23 up to three literals, first lowest   24-31 kMaxMatch minus the length, if there is one.
+constexpr int kIndexBits = 10, kDistanceIndexBits = 8;
+constexpr size_t kMaxCopy = 16;
+constexpr int kMaxLiterals = 3;
+constexpr int kCountShift = 8, kMoveLengthShift = 11, kTextLengthShift = 24;
+constexpr unsigned kCountMask = 7;
+constexpr uint16_t kLongLength = 31 << kMoveLengthShift;
+static_assert(kMaxCopy < 31, "-1 is taken");
+
+// Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
+constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
+constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
+constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
+
+// What a symbol of the code of the code lengths stands for (RFC 1951, section 3.2.7): itself, once, up to 15; above it
+// `count` and what its extra bits say of the length before it, or of 0.
+constexpr int kFirstRepeat = 16;
+struct RepeatOf {
+  uint8_t extra_bits, count;
+  uint16_t itself;  // a mask of the symbol, and of another one
+  uint64_t before;  // a mask of the length before it
+};
+inline constexpr auto kRepeatOf = [] {
+  std::array<RepeatOf, kLengthCodeSymbols> of{};
+  for (int symbol = 0; symbol < kFirstRepeat; ++symbol) of[static_cast<size_t>(symbol)] = {0, 1, 0xFFFF, 0};
+  of[kFirstRepeat] = {2, 3, 0, ~uint64_t{0}};
+  of[kFirstRepeat + 1] = {3, 3, 0, 0};
+  of[kFirstRepeat + 2] = {7, 11, 0, 0};
+  return of;
+}();
+
+// The code of the code lengths, for the next kMaxLengthCodeBits bits.
+struct LengthEntry {
+  uint8_t symbols[2];  // the second one only with a count of 2: two lengths that are within the bits
+  uint8_t used;        // bits, extra bits included
+  uint8_t count;       // of the lengths, but for what the extra bits add
+};
 
 // 64-bit little-endian machines only; the kernels read table entries as bytes and addresses as numbers.
 void inflate_portable(InflateFeed& feed);
@@ -18,6 +60,22 @@ void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the ch
 // order: the symbols 0 .. symbols - 1 that have a code, bits[s] > 0 long, those of one bit first; up to 32 elements
 // behind them are overwritten. [l] of count, of literals: how many have l bits, how many of these are below 256.
 void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uint16_t* count, uint16_t* literals);
+
+// The table of the code of the code lengths: see Stream::fill_length_code. bits: of its symbols. False: not complete.
+bool fill_length_code_avx512(const uint8_t* bits, LengthEntry* table);
+
+// The literal tables, moves[kEntries] and texts[kEntries], and where the long ones begin, long_at[1 << kIndexBits]: see
+// Notes [a step] and [the literal table] in inflate_kernel.h. bits: by symbol, none of less than kShortestAvx512;
+// order: the symbols whose codes are of up to kIndexBits bits, `count` of them, then those of up to kTableBits,
+// long_count.
+constexpr int kShortestAvx512 = 3;
+void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, int long_count, uint16_t* moves,
+                          uint32_t* texts, uint16_t* long_at);
+
+// The distance table's 1 << kDistanceIndexBits entries, likewise. entry_of_symbol: 32 of them, the last one for what is
+// none.
+void fill_distances_avx512(const uint8_t* bits, const uint16_t* order, int count, const uint64_t* entry_of_symbol,
+                           uint64_t* entries);
 #endif
 
 // The verdict on a job that a kernel has given up.
