@@ -30,6 +30,7 @@ inline constexpr uint16_t kDistanceBase[kMaxDynamicDistanceSymbols] = {
     193, 257, 385, 513, 769, 1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
 inline constexpr uint8_t kDistanceExtra[kMaxDynamicDistanceSymbols] = {
     0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13};
+constexpr int kMaxLengthExtra = 5;
 // Section 3.2.7: the order in which the lengths of the length code are sent.
 inline constexpr uint8_t kLengthCodeOrder[kLengthCodeSymbols] = {16, 17, 18, 0, 8,  7, 9,  6, 10, 5,
                                                                  11, 4,  12, 3, 13, 2, 14, 1, 15};

@@ -24,11 +24,17 @@
 // and writes at most kStepNbytes; the number of steps that are safe for every stream is computed before them, so the
 // steps themselves check nothing, read inside the input and write inside the output.
 
+// Tables for the indexes whose entry is empty, the first one for those that have none.
+constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
+constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
+constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
+
 constexpr int kLongDistanceBits = 4;
 constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
 static_assert(kStepBits - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
               "one load must be enough for a step and the next one's index; before a long distance there is another");
-static_assert(kTableBits + kIndexBits < 32, "the bits that a step's literals use");
+static_assert(kTableBits + kMaxLengthExtra <= kTableBits + kIndexBits && kTableBits + kIndexBits < 32,
+              "the bits that a step uses before its distance");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 // Behind a length the assembly stores the second literals, which are none then, wherever the move's upper byte says.
 static_assert(kMaxLiterals + 255 + 4 <= kInflatePad);
@@ -182,6 +188,16 @@ enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
 constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
 constexpr auto kReversedLong = reversed_bits<kLongBits>();
 
+// A length's extra bits, by symbol; of a literal 0, of what is neither more than any table holds.
+constexpr auto kExtraBits = [] {
+  std::array<uint8_t, kLiteralSymbols> bits{};
+  for (int s = kEndOfBlock; s < kLiteralSymbols; ++s) {
+    const int which = s - kFirstLength;
+    bits[static_cast<size_t>(s)] = which >= 0 && which < kLengthSymbols ? kLengthExtra[which] : kMaxCodeBits;
+  }
+  return bits;
+}();
+
 struct Entry {
   uint16_t move;
   uint32_t text;
@@ -203,8 +219,8 @@ struct Entries {
 struct Stream {
   // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i
   // begins.
-  alignas(64) uint16_t moves[kEntries];
-  alignas(64) uint32_t texts[kEntries];
+  alignas(64) uint16_t moves[kEntries + kLongEntries];  // room behind them
+  alignas(64) uint32_t texts[kEntries + kLongEntries];
   // [kNeutral]: neutral. Behind it the long tables, the first of them for the indexes that have none.
   alignas(64) uint64_t distances[kNeutral + 1 + (1 + kLongDistanceTables) * (1 << kLongDistanceBits)];
   alignas(64) uint16_t long_at[1 << kIndexBits];
@@ -454,14 +470,14 @@ struct Stream {
     while (shortest < kIndexBits && literal_code.count[shortest] == 0) ++shortest;
 #ifdef CXRFAST_INFLATE_BMI2
     if (isa == Isa::kAvx512 && shortest >= kShortestAvx512) {
-      return fill_literals_avx512(bits, literal_code.symbol, literal_code.codes(1, kIndexBits),
-                                  literal_code.codes(kIndexBits + 1, kTableBits), moves, texts, long_at);
+      fill_literals_avx512(bits, literal_code.symbol, literal_code.codes(1, kIndexBits), moves, texts);
+      return fill_long(bits);
     }
 #endif
     for (int m = 0; m <= kIndexBits - shortest; ++m) fill_known(tables, m, shortest, bits);
     fill_known(tables, kIndexBits, shortest, bits);
     reverse_index(tables + (size_t{1} << kIndexBits));
-    fill_long();
+    fill_long(bits);
   }
 
   // The tables for indexes whose first bit is the lowest. Of an index abc (a and c of as many bits as a vector has
@@ -581,20 +597,30 @@ struct Stream {
             (entry.text << 8 & kMoved) + (entry.text & kLength) + literal.text};
   }
 
-  // The extra bits of a length; more than any table holds for what is not one.
-  static int extra_bits_of(int symbol) {
-    const int which = symbol - kFirstLength;
-    return which >= 0 && which < kLengthSymbols ? kLengthExtra[which] : kMaxCodeBits;
-  }
-
   static void fill_length(Entries to, size_t run, int symbol, int length, int m) {
-    const int extra_bits = extra_bits_of(symbol);
+    const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
     if (length + extra_bits > m) return fill_run(to, run, {0, 0});
     const size_t part = run >> extra_bits;
     for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to = to + part) {
       const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
       fill_run(to, part, length_entry(value, length + extra_bits));
     }
+  }
+
+  static Entry long_entry(int symbol, int length) {
+    if (symbol < kEndOfBlock) return literal_entry(static_cast<uint32_t>(symbol), length);
+    const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
+    if (extra_bits > kMaxLengthExtra) return {0, 0};
+    const Entry least = length_entry(kLengthBase[symbol - kFirstLength], length);
+    if (extra_bits == 0) return least;
+    return {static_cast<uint16_t>(kLongLength + length + extra_bits),
+            least.text + static_cast<uint32_t>(length + (extra_bits << 8))};
+  }
+
+  template <size_t kRun>
+  [[gnu::always_inline]] static void fill_run(Entries to, Entry entry) {
+    std::fill_n(to.moves, kRun, entry.move);
+    std::fill_n(to.texts, kRun, entry.text);
   }
 
   // Most runs are short, so that std::fill would cost more than it stores.
@@ -611,48 +637,39 @@ struct Stream {
   }
 
   // What is known with kLongBits more bits, for the indexes that hold no whole symbol. In these tables the first bit is
-  // the highest (kReversedLong), so that a symbol's entries lie side by side, those of a short code in several tables.
-  void fill_long() {
-    constexpr uint16_t kFirstTable = 1 << kIndexBits;
+  // the highest (kReversedLong), so that a symbol's entries lie side by side. Where only the extra bits of a length are
+  // beyond the index, one table does for all its indexes.
+  void fill_long(const uint8_t* bits) {
+    constexpr uint32_t kIndexes = 1 << kIndexBits;
+    constexpr size_t kMostOfOne = kLongEntries / 2;  // the entries of a code that is not within the index
     const Entries entries = {moves, texts};
-    std::fill(long_at, long_at + kFirstTable, kFirstTable);
-    fill_run(entries + kFirstTable, kLongEntries, {0, 0});
-    size_t next_table = kFirstTable + kLongEntries;
-    // Tables for the codes from `first` to before `behind`, of kTableBits bits, as far as there is room.
-    const auto add_tables = [&](uint32_t first, uint32_t behind) {
-      const Entries begin = entries + next_table;
-      for (; first < behind && next_table < kEntries; first += kLongEntries, next_table += kLongEntries) {
-        long_at[kReversedIndex[first >> kLongBits]] = static_cast<uint16_t>(next_table);
-      }
-      return begin;
-    };
+    std::fill(long_at, long_at + kIndexes, static_cast<uint16_t>(kIndexes));
+    fill_run(entries + kIndexes, kLongEntries, {0, 0});
+    size_t next_table = kIndexes + kLongEntries;
     const uint16_t* symbol = literal_code.symbol;
-    uint32_t code = 0;
-    for (int length = 1; length <= kIndexBits; ++length) {
-      const uint32_t step = 1u << (kTableBits - length);
-      const uint16_t* const group_end = symbol + literal_code.count[length];
-      const uint16_t* const literals_end = symbol + literal_code.literals[length];
-      code += step * static_cast<uint32_t>(literals_end - symbol);
-      for (symbol = literals_end; symbol < group_end; ++symbol, code += step) {
-        const int used = length + extra_bits_of(*symbol);
-        if (used <= kIndexBits || used > kTableBits) continue;
-        if (step > kEntries - next_table) continue;
-        fill_length(add_tables(code, code + step), step, *symbol, length, kTableBits);
+    const uint16_t* const within_end = symbol + literal_code.codes(1, kIndexBits);
+    uint32_t index = 0;  // first bit highest
+    for (; symbol < within_end; ++symbol) {
+      const int length = bits[*symbol], extra_bits = kExtraBits[*symbol];
+      const uint32_t run = kIndexes >> length;
+      if (length + extra_bits > kIndexBits && extra_bits <= kMaxLengthExtra && next_table < kEntries) {
+        fill_run(entries + next_table, kLongEntries, long_entry(*symbol, length));
+        for (uint32_t i = index; i < index + run; ++i) long_at[kReversedIndex[i]] = static_cast<uint16_t>(next_table);
+        next_table += kLongEntries;
       }
+      index += run;
     }
-    Entries to = add_tables(code, 1u << kTableBits);
-    const uint16_t* const to_end = moves + next_table;
-    for (int length = kIndexBits + 1; length <= kTableBits; ++length) {
-      const size_t run = size_t{1} << (kTableBits - length);
-      for (int i = 0; i < literal_code.count[length] && to.moves < to_end; ++i, ++symbol, to = to + run) {
-        if (*symbol < kEndOfBlock) {
-          fill_run(to, run, literal_entry(*symbol, length));
-        } else {
-          fill_length(to, run, *symbol, length, kTableBits);
-        }
-      }
+    size_t at = next_table;
+    for (; index < kIndexes && next_table < kEntries; ++index, next_table += kLongEntries) {
+      long_at[kReversedIndex[index]] = static_cast<uint16_t>(next_table);
     }
-    fill_run(to, static_cast<size_t>(to_end - to.moves), {0, 0});
+    const uint16_t* const long_end = within_end + literal_code.codes(kIndexBits + 1, kTableBits);
+    for (; symbol < long_end && at < next_table; ++symbol) {
+      const int length = bits[*symbol];
+      fill_run<kMostOfOne>(entries + at, long_entry(*symbol, length));  // the next one's stands where this one's ends
+      at += size_t{1} << (kTableBits - length);
+    }
+    fill_run(entries + at, next_table - at, {0, 0});
   }
 
   static uint64_t distance_entry(int symbol, int length) {
@@ -798,7 +815,8 @@ inline uint64_t distance_of(uint64_t entry, uint64_t bits) {
 template <int k>
 [[gnu::always_inline]] inline bool step(const Stream& stream, uint64_t& position, uint8_t*& out, uint64_t& steps,
                                         Stopped& stopped_ret) {
-  uint64_t bits = load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
+  const uint64_t first_bits = load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7);
+  uint64_t bits = first_bits;
   size_t at = bits % (1 << kIndexBits);
   uint32_t move = stream.moves[at];
   if (move == 0) [[unlikely]] {
@@ -825,7 +843,9 @@ template <int k>
   uint64_t distance = distance_of(found, bits);
   uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
   if (move >= kLongLength) [[unlikely]] {
-    length = kMaxMatch - (stream.texts[has_length ? at : second_at] >> kTextLengthShift);
+    const uint32_t text = stream.texts[has_length ? at : second_at];
+    length = kMaxMatch - (text >> kTextLengthShift);
+    if (has_length && at >= 1 << kIndexBits) length += low_bits(first_bits >> (text & 255), text >> 8 & 255);
   }
   if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
     if (found == kAbsurdDistance) {

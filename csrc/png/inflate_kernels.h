@@ -14,6 +14,9 @@ namespace cxrfast::png {
 // - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
 //   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
 // - its text: bits 0-23 up to three literals, first lowest   24-31 kMaxMatch minus the length, if there is one.
+// In the tables for indexes whose entry is empty an entry is one symbol, and a length whose symbol has extra bits
+// counts as above kMaxCopy. Of its text: bits 0-15 where the extra bits are, for BEXTR   24-31 kMaxMatch minus the
+// least length.
 constexpr int kIndexBits = 10, kDistanceIndexBits = 8;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
@@ -21,11 +24,6 @@ constexpr int kCountShift = 8, kMoveLengthShift = 11, kTextLengthShift = 24;
 constexpr unsigned kCountMask = 7;
 constexpr uint16_t kLongLength = 31 << kMoveLengthShift;
 static_assert(kMaxCopy < 31, "-1 is taken");
-
-// Tables for the indexes whose entry is empty, the first one for those that have none. NIH's films need about 40.
-constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
-constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
-constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
 
 // What a symbol of the code of the code lengths stands for (RFC 1951, section 3.2.7): itself, once, up to 15; above it
 // `count` and what its extra bits say of the length before it, or of 0.
@@ -64,13 +62,10 @@ void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uin
 // The table of the code of the code lengths: see Stream::fill_length_code. bits: of its symbols. False: not complete.
 bool fill_length_code_avx512(const uint8_t* bits, LengthEntry* table);
 
-// The literal tables, moves[kEntries] and texts[kEntries], and where the long ones begin, long_at[1 << kIndexBits]: see
-// Notes [a step] and [the literal table] in inflate_kernel.h. bits: by symbol, none of less than kShortestAvx512;
-// order: the symbols whose codes are of up to kIndexBits bits, `count` of them, then those of up to kTableBits,
-// long_count.
+// The literal table's 1 << kIndexBits entries (Note [the literal table] in inflate_kernel.h). bits: by symbol; order:
+// the symbols whose codes are of up to kIndexBits bits, `count` of them, none of less than kShortestAvx512 bits.
 constexpr int kShortestAvx512 = 3;
-void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, int long_count, uint16_t* moves,
-                          uint32_t* texts, uint16_t* long_at);
+void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, uint16_t* moves, uint32_t* texts);
 
 // The distance table's 1 << kDistanceIndexBits entries, likewise. entry_of_symbol: 32 of them, the last one for what is
 // none.

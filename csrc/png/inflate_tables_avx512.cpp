@@ -77,7 +77,6 @@ void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uin
 namespace {
 
 constexpr size_t kVector = 64, kIndexes = size_t{1} << kIndexBits, kVectors = kIndexes / kVector;
-constexpr size_t kLongRoom = kLongTables * kLongEntries;
 constexpr int kIsLength = 0x80;  // in the byte of bits: the value is kMaxMatch minus a length
 static_assert(kIndexBits - kShortestAvx512 == 7 && kIndexBits - 2 * kShortestAvx512 == 4);
 static_assert(kShortestAvx512 * (kMaxLiterals + 1) > kIndexBits, "an entry has room for all that an index holds");
@@ -111,7 +110,7 @@ constexpr auto kSymbolFacts = [] {
       of = {static_cast<uint8_t>(kMaxMatch - kLengthBase[which]), static_cast<uint8_t>((1 << kLengthExtra[which]) - 1),
             kIsLength, kLengthExtra[which]};
     } else {
-      of = {0, 0, 0, kTableBits};  // more bits than any table has: no entry
+      of = {0, 0, 0, kIndexBits};  // more bits than an index has: no entry
     }
   }
   return facts;
@@ -119,7 +118,7 @@ constexpr auto kSymbolFacts = [] {
 
 // [r][k]: the extra bits, reversed as they are, of the k-th of a symbol's 2^r indexes; five of them.
 constexpr auto kExtraAt = [] {
-  std::array<Bytes, kTableBits> table{};
+  std::array<Bytes, kIndexBits> table{};
   for (size_t r = 0; r < table.size(); ++r) {
     table[r] = bytes_of([r](size_t k) { return reversed((k << 5 >> r) % 32, 5); });
   }
@@ -332,68 +331,22 @@ void fill_distances_avx512(const uint8_t* bits, const uint16_t* order, int count
   }
 }
 
-void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, int long_count, uint16_t* moves,
-                          uint32_t* texts, uint16_t* long_at) {
+void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, uint16_t* moves, uint32_t* texts) {
   InOrder<kIndexes> in_order;
   alignas(64) uint8_t used_at[kIndexes], value_at[kIndexes];
-  // Symbols whose extra bits are not within the index.
-  uint16_t stretched[kLengthSymbols + 1], stretched_at[kLengthSymbols + 1];
-  int stretched_count = 0;
   size_t at = 0;
   for (int i = 0; i < count; ++i) {
     const uint16_t symbol = order[i];
     const SymbolFacts facts = kSymbolFacts[symbol];
     const size_t length = bits[symbol], run_bits = kIndexBits - length, used = length + facts.extra_bits;
     in_order.place(at, facts, used > kIndexBits ? 0 : used | facts.is_length, run_bits);
-    stretched[stretched_count] = symbol;
-    stretched_at[stretched_count] = static_cast<uint16_t>(at);
-    stretched_count += used > kIndexBits && used <= kTableBits;
     at += size_t{1} << run_bits;
   }
   in_order.place_none(at, kIndexes);
   reverse_index(in_order.used, used_at);
   reverse_index(in_order.value, value_at);
 
-  InOrder<kLongRoom> longer;
-  for (size_t i = 0; i < kIndexes; i += kVector / 2) {
-    _mm512_store_si512(long_at + i, _mm512_set1_epi16(static_cast<int16_t>(kIndexes)));
-  }
-  longer.place_none(0, kLongEntries);
-  size_t long_end = kLongEntries;
-  const auto add_tables = [&](size_t index, size_t tables) {
-    for (size_t t = 0; t < tables; ++t, ++index) {
-      const size_t reversed_index = kReversedByte[index % 256] << 2 | kReversedByte[index / 256] >> 6;
-      long_at[reversed_index] = static_cast<uint16_t>(kIndexes + long_end + t * kLongEntries);
-    }
-  };
-  for (int i = 0; i < stretched_count; ++i) {
-    const SymbolFacts facts = kSymbolFacts[stretched[i]];
-    const size_t length = bits[stretched[i]], run_bits = kTableBits - length;
-    if (size_t{1} << run_bits > kLongRoom - long_end) continue;
-    longer.place(long_end, facts, (length + facts.extra_bits) | facts.is_length, run_bits);
-    add_tables(stretched_at[i], size_t{1} << (run_bits - kLongBits));
-    long_end += size_t{1} << run_bits;
-  }
-  const size_t tables = std::min(kIndexes - at, (kLongRoom - long_end) / kLongEntries);
-  const size_t all_end = long_end + tables * kLongEntries;
-  add_tables(at, tables);
-  for (int i = count; i < count + long_count && long_end < all_end; ++i) {
-    const SymbolFacts facts = kSymbolFacts[order[i]];
-    const size_t length = bits[order[i]], run_bits = kTableBits - length, used = length + facts.extra_bits;
-    longer.place(long_end, facts, used > kTableBits ? 0 : used | facts.is_length, run_bits);
-    long_end += size_t{1} << run_bits;
-  }
-  longer.place_none(long_end, (all_end + kVector - 1) / kVector * kVector);
   const __m512i bits_mask = fill(15), all_bits = fill(kIndexBits), one = fill(1);
-  for (size_t i = 0; i < all_end; i += kVector) {
-    const __m512i used = load(longer.used + i), value = load(longer.value + i);
-    const __mmask64 is = _mm512_test_epi8_mask(used, used), is_length = _mm512_movepi8_mask(used);
-    store_moves(moves + kIndexes + i, _mm512_and_si512(used, bits_mask),
-                _mm512_or_si512(_mm512_maskz_mov_epi8(is & ~is_length, one), minus_length(is_length, value)));
-    store_interleaved(texts + kIndexes + i, value, _mm512_setzero_si512(), _mm512_setzero_si512(),
-                      _mm512_maskz_mov_epi8(is_length, value));
-  }
-
   const __m512i used_low = load(used_at), used_high = load(used_at + kVector);
   const __m512i value_low = load(value_at), value_high = load(value_at + kVector);
   const __m512i used_least = _mm512_broadcast_i32x4(_mm512_castsi512_si128(used_low));
