@@ -11,9 +11,9 @@
 // - without a length, the distance look-up goes to a neutral entry: no bits, a harmless distance; stale bytes are then
 //   copied to where the next step writes, and the length 0 makes nothing of it.
 // Three branches are left, all rarely taken:
-// - An empty entry at the first look-up: a code or a length's extra bits that do not fit into the index. There are
+// - An empty entry at the first look-up: a code (or the extra bit of a length up to 16) beyond the index. There are
 //   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the block's end).
-// - A length above 16: the copy goes on.
+// - A length above 16: its extra bits are taken, and the copy goes on.
 // - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
 //   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true
 //   one, so short that the copy would overlap itself (copy_pattern), or 0 for a code longer than the index: there are
@@ -30,11 +30,10 @@ constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
 constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
 
 constexpr int kLongDistanceBits = 4;
-constexpr int kStepBits = kTableBits + kIndexBits + kDistanceIndexBits + kLongDistanceBits + 13;
-static_assert(kStepBits - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
-              "one load must be enough for a step and the next one's index; before a long distance there is another");
-static_assert(kTableBits + kMaxLengthExtra <= kTableBits + kIndexBits && kTableBits + kIndexBits < 32,
-              "the bits that a step uses before its distance");
+constexpr int kStepBits = kTableBits + kIndexBits + kMaxLengthExtra + kDistanceIndexBits + kLongDistanceBits + 13;
+static_assert(kStepBits - kMaxLengthExtra - kLongDistanceBits + kIndexBits <= 64 - 7 && kStepBits <= 64 - 7,
+              "one load must be enough for a step and the next one's index; behind what is rare there is another");
+static_assert(kTableBits + kIndexBits + kMaxLengthExtra < 32, "the bits that a step uses before its distance");
 constexpr size_t kStepNbytes = 2 * kMaxLiterals + kMaxCopy;
 // Behind a length the assembly stores the second literals, which are none then, wherever the move's upper byte says.
 static_assert(kMaxLiterals + 255 + 4 <= kInflatePad);
@@ -577,10 +576,17 @@ struct Stream {
     return {static_cast<uint16_t>((1 << kCountShift) + bits), literal};
   }
 
+  // Of a length up to kMaxCopy, or of a symbol from kFirstLong on.
   static Entry length_entry(size_t length, int bits) {
-    const size_t move = length <= kMaxCopy ? (0 - length) << kMoveLengthShift : kLongLength;
-    return {static_cast<uint16_t>(move + static_cast<size_t>(bits)),
+    return {static_cast<uint16_t>(((0 - length) << kMoveLengthShift) + static_cast<size_t>(bits)),
             static_cast<uint32_t>((kMaxMatch - length) << kTextLengthShift)};
+  }
+  static Entry long_length_entry(int symbol, int bits) {
+    if (symbol >= kFirstLength + kLengthSymbols) return {0, 0};
+    const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
+    const auto least = static_cast<uint32_t>(kMaxMatch - kLengthBase[symbol - kFirstLength]);
+    return {static_cast<uint16_t>(kLongLength + bits + extra_bits),
+            least << kTextLengthShift | static_cast<uint32_t>(extra_bits << 8 | bits)};
   }
 
   // The entry, or its first two literals if it has three: with one more in front there is room for no other.
@@ -597,24 +603,15 @@ struct Stream {
             (entry.text << 8 & kMoved) + (entry.text & kLength) + literal.text};
   }
 
+  // m < kIndexBits: for what stands behind a literal.
   static void fill_length(Entries to, size_t run, int symbol, int length, int m) {
     const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
-    if (length + extra_bits > m) return fill_run(to, run, {0, 0});
-    const size_t part = run >> extra_bits;
-    for (uint32_t extra = 0; extra < 1u << extra_bits; ++extra, to = to + part) {
-      const size_t value = kLengthBase[symbol - kFirstLength] + size_t{kReversedByte[extra]} / (256u >> extra_bits);
-      fill_run(to, part, length_entry(value, length + extra_bits));
+    if (symbol >= kFirstLong && m >= kIndexBits) return fill_run(to, run, long_length_entry(symbol, length));
+    if (symbol >= kFirstLong || length + extra_bits > m) return fill_run(to, run, {0, 0});
+    const size_t part = run >> extra_bits, least = kLengthBase[symbol - kFirstLength];
+    for (size_t extra = 0; extra < size_t{1} << extra_bits; ++extra, to = to + part) {
+      fill_run(to, part, length_entry(least + extra, length + extra_bits));  // one bit at most
     }
-  }
-
-  static Entry long_entry(int symbol, int length) {
-    if (symbol < kEndOfBlock) return literal_entry(static_cast<uint32_t>(symbol), length);
-    const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
-    if (extra_bits > kMaxLengthExtra) return {0, 0};
-    const Entry least = length_entry(kLengthBase[symbol - kFirstLength], length);
-    if (extra_bits == 0) return least;
-    return {static_cast<uint16_t>(kLongLength + length + extra_bits),
-            least.text + static_cast<uint32_t>(length + (extra_bits << 8))};
   }
 
   template <size_t kRun>
@@ -637,37 +634,39 @@ struct Stream {
   }
 
   // What is known with kLongBits more bits, for the indexes that hold no whole symbol. In these tables the first bit is
-  // the highest (kReversedLong), so that a symbol's entries lie side by side. Where only the extra bits of a length are
-  // beyond the index, one table does for all its indexes.
+  // the highest (kReversedLong), so that a symbol's entries lie side by side.
   void fill_long(const uint8_t* bits) {
     constexpr uint32_t kIndexes = 1 << kIndexBits;
-    constexpr size_t kMostOfOne = kLongEntries / 2;  // the entries of a code that is not within the index
     const Entries entries = {moves, texts};
     std::fill(long_at, long_at + kIndexes, static_cast<uint16_t>(kIndexes));
     fill_run(entries + kIndexes, kLongEntries, {0, 0});
     size_t next_table = kIndexes + kLongEntries;
-    const uint16_t* symbol = literal_code.symbol;
-    const uint16_t* const within_end = symbol + literal_code.codes(1, kIndexBits);
-    uint32_t index = 0;  // first bit highest
-    for (; symbol < within_end; ++symbol) {
-      const int length = bits[*symbol], extra_bits = kExtraBits[*symbol];
-      const uint32_t run = kIndexes >> length;
-      if (length + extra_bits > kIndexBits && extra_bits <= kMaxLengthExtra && next_table < kEntries) {
-        fill_run(entries + next_table, kLongEntries, long_entry(*symbol, length));
-        for (uint32_t i = index; i < index + run; ++i) long_at[kReversedIndex[i]] = static_cast<uint16_t>(next_table);
-        next_table += kLongEntries;
-      }
-      index += run;
-    }
-    size_t at = next_table;
-    for (; index < kIndexes && next_table < kEntries; ++index, next_table += kLongEntries) {
+    const auto add_table = [&](uint32_t index) {  // first bit highest
       long_at[kReversedIndex[index]] = static_cast<uint16_t>(next_table);
+      next_table += kLongEntries;
+    };
+    // A code that fills the index, and an extra bit.
+    const uint16_t* const within_end = literal_code.symbol + literal_code.codes(1, kIndexBits);
+    const uint32_t index_end = static_cast<uint32_t>(literal_code.last[kIndexBits] + 1) >> (kMaxCodeBits - kIndexBits);
+    for (int i = literal_code.count[kIndexBits] - literal_code.literals[kIndexBits]; i > 0; --i) {
+      const int symbol = within_end[-i];
+      if (symbol >= kFirstLong || kExtraBits[static_cast<size_t>(symbol)] != 1) continue;
+      fill_length(entries + next_table, kLongEntries, symbol, kIndexBits, kTableBits);
+      add_table(index_end - static_cast<uint32_t>(i));
     }
+    // The codes above the index. A symbol's entries may reach into the next one's, which are written later.
+    size_t at = next_table;
+    for (uint32_t index = index_end; index < kIndexes && next_table < kEntries; ++index) add_table(index);
     const uint16_t* const long_end = within_end + literal_code.codes(kIndexBits + 1, kTableBits);
-    for (; symbol < long_end && at < next_table; ++symbol) {
+    for (const uint16_t* symbol = within_end; symbol < long_end && at < next_table; ++symbol) {
       const int length = bits[*symbol];
-      fill_run<kMostOfOne>(entries + at, long_entry(*symbol, length));  // the next one's stands where this one's ends
-      at += size_t{1} << (kTableBits - length);
+      const size_t run = size_t{1} << (kTableBits - length);
+      if (*symbol < kEndOfBlock) {
+        fill_run<kLongEntries / 2>(entries + at, literal_entry(*symbol, length));
+      } else {
+        fill_length(entries + at, run, *symbol, length, kTableBits);
+      }
+      at += run;
     }
     fill_run(entries + at, next_table - at, {0, 0});
   }
@@ -844,8 +843,8 @@ template <int k>
   uint64_t from = reinterpret_cast<uint64_t>(to) - distance;
   if (move >= kLongLength) [[unlikely]] {
     const uint32_t text = stream.texts[has_length ? at : second_at];
-    length = kMaxMatch - (text >> kTextLengthShift);
-    if (has_length && at >= 1 << kIndexBits) length += low_bits(first_bits >> (text & 255), text >> 8 & 255);
+    const uint64_t behind = has_length ? first_bits : first_bits >> (stream.moves[at] & 31);
+    length = kMaxMatch - (text >> kTextLengthShift) + low_bits(behind >> (text & 255), text >> 8 & 255);
   }
   if (static_cast<int64_t>(from) < reinterpret_cast<int64_t>(stream.out_begin)) [[unlikely]] {
     if (found == kAbsurdDistance) {

@@ -14,9 +14,8 @@ namespace cxrfast::png {
 // - its move, 0 in an empty entry: bits 0-4 bits used   8-10 count of the literals   11-15 minus the length, 0: none,
 //   -1: above kMaxCopy. The moves of a step are added up; bit 15 says whether there is a length.
 // - its text: bits 0-23 up to three literals, first lowest   24-31 kMaxMatch minus the length, if there is one.
-// In the tables for indexes whose entry is empty an entry is one symbol, and a length whose symbol has extra bits
-// counts as above kMaxCopy. Of its text: bits 0-15 where the extra bits are, for BEXTR   24-31 kMaxMatch minus the
-// least length.
+// A symbol for lengths above kMaxCopy has entries of its own. Only its code need be within the index: bits 0-15 of the
+// text say for BEXTR where its extra bits are, which the move counts as used; 24-31 are of its least length.
 constexpr int kIndexBits = 10, kDistanceIndexBits = 8;
 constexpr size_t kMaxCopy = 16;
 constexpr int kMaxLiterals = 3;
@@ -24,6 +23,8 @@ constexpr int kCountShift = 8, kMoveLengthShift = 11, kTextLengthShift = 24;
 constexpr unsigned kCountMask = 7;
 constexpr uint16_t kLongLength = 31 << kMoveLengthShift;
 static_assert(kMaxCopy < 31, "-1 is taken");
+constexpr int kFirstLong = kFirstLength + 11;  // the symbols from here on
+static_assert(kLengthBase[kFirstLong - kFirstLength] == kMaxCopy + 1);
 
 // What a symbol of the code of the code lengths stands for (RFC 1951, section 3.2.7): itself, once, up to 15; above it
 // `count` and what its extra bits say of the length before it, or of 0.

@@ -81,8 +81,8 @@ static_assert(offsetof(Repeats, of) == 16 && offsetof(Lanes, near) == offsetof(L
 //
 // Labels, behind the stream's number: 1 long tables, 2 entry found (with a 1 or a 2 between, for the two places of a
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
-// found, 3 long tables of the distance, 92 none there; 90, 91 and 93 to 96 a length above kMaxCopy is looked up again
-// and copied; 97 and 98 a repetition.
+// found, 3 long tables of the distance, 92 none there; 93 to 96 a length above kMaxCopy is looked up again and copied;
+// 97 and 98 a repetition.
 template <int K, bool kExpectsNear>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
@@ -235,6 +235,7 @@ template <int K, bool kExpectsNear>
   .endif
   93\k: # the length stands in the text of the step's first or second entry
     movq %%rcx, %c[source](%%rdi)
+    peek \P, \P32, \L, \L32 # so many bits may not be left over
     movzbl %%al, %%edx
     movq %%\P, %%rcx
     subq %c[distance_bits](%%rdi), %%rcx
@@ -249,22 +250,16 @@ template <int K, bool kExpectsNear>
     jnz 94\k\()f
     long_index \k, edx
     movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ecx
+  94\k:
     testw %%cx, %%cx
-    jns 90\k\()f
+    js 95\k\()f
+    shrx %%rcx, %%rdx, %%rdx
+    bzhil %%edi, %%edx, %%ebp
+  95\k:
     movzwl \k*%c[size]+%c[texts](%%rdi,%%rbp,4), %%ecx
     bextr %%rcx, %%rdx, %%rcx
     movzbl \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%ebp
     subq %%rcx, %%rbp
-    jmp 91\k\()f
-  94\k:
-    testw %%cx, %%cx
-    js 95\k\()f
-  90\k:
-    shrx %%rcx, %%rdx, %%rdx
-    bzhil %%edi, %%edx, %%ebp
-  95\k:
-    movzbl \k*%c[size]+%c[texts]+3(%%rdi,%%rbp,4), %%ebp
-  91\k:
     subq $258, %%rbp
     # what follows still needs its 32 bytes a step
     movq %%\O, %%rdx

@@ -97,7 +97,7 @@ constexpr size_t reversed(size_t value, int bits) {
 }
 
 struct SymbolFacts {
-  uint8_t value, extra_mask, is_length, extra_bits;
+  uint8_t value, is_length, extra_bits;  // extra_bits: of those that must be within the index, up to 1
 };
 constexpr auto kSymbolFacts = [] {
   std::array<SymbolFacts, kLiteralSymbols> facts{};
@@ -105,22 +105,22 @@ constexpr auto kSymbolFacts = [] {
     const int which = s - kFirstLength;
     SymbolFacts& of = facts[static_cast<size_t>(s)];
     if (s < kEndOfBlock) {
-      of = {static_cast<uint8_t>(s), 0, 0, 0};
+      of = {static_cast<uint8_t>(s), 0, 0};
     } else if (which >= 0 && which < kLengthSymbols) {
-      of = {static_cast<uint8_t>(kMaxMatch - kLengthBase[which]), static_cast<uint8_t>((1 << kLengthExtra[which]) - 1),
-            kIsLength, kLengthExtra[which]};
+      of = {static_cast<uint8_t>(kMaxMatch - kLengthBase[which]), kIsLength,
+            s < kFirstLong ? kLengthExtra[which] : uint8_t{0}};
     } else {
-      of = {0, 0, 0, kIndexBits};  // more bits than an index has: no entry
+      of = {0, 0, kIndexBits};  // more bits than an index has: no entry
     }
   }
   return facts;
 }();
 
-// [r][k]: the extra bits, reversed as they are, of the k-th of a symbol's 2^r indexes; five of them.
-constexpr auto kExtraAt = [] {
+// [r][k]: whether the k-th of a symbol's 2^r indexes is in the upper half of them.
+constexpr auto kUpper = [] {
   std::array<Bytes, kIndexBits> table{};
   for (size_t r = 0; r < table.size(); ++r) {
-    table[r] = bytes_of([r](size_t k) { return reversed((k << 5 >> r) % 32, 5); });
+    table[r] = bytes_of([r](size_t k) { return 2 * k >> r; });
   }
   return table;
 }();
@@ -128,52 +128,12 @@ constexpr auto kExtraAt = [] {
 __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 __m512i fill(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
-// Each index's symbol alone, in an order in which a symbol's indexes lie side by side.
-template <size_t kRoom>
-struct InOrder {
-  alignas(64) uint8_t used[kRoom + kVector];   // bits, extra bits included, and kIsLength; 0: none
-  alignas(64) uint8_t value[kRoom + kVector];  // the literal, or kMaxMatch minus the length
-
-  // The symbol's 2^run_bits indexes, and what follows up to a whole vector: the next symbol overwrites it. used_byte:
-  // what `used` holds.
-  void place(size_t at, SymbolFacts facts, size_t used_byte, size_t run_bits) {
-    const __m512i used_bytes = fill(static_cast<int>(used_byte)), first = fill(facts.value);
-    const __m512i extra_at = load(&kExtraAt[run_bits]), mask = fill(facts.extra_mask);
-    size_t k = 0;
-    do {
-      // What the places of a vector have in common stands in other bits than what distinguishes them.
-      const __m512i common = fill(kReversedByte[(k << 5 >> run_bits) % 32] >> 3);
-      const __m512i extra = _mm512_and_si512(_mm512_or_si512(extra_at, common), mask);
-      _mm512_storeu_si512(used + at + k, used_bytes);
-      _mm512_storeu_si512(value + at + k, _mm512_sub_epi8(first, extra));
-      k += kVector;
-    } while (k >> run_bits == 0);
-  }
-
-  void place_none(size_t at, size_t end) {
-    for (; at < end; at += kVector) {
-      _mm512_storeu_si512(used + at, _mm512_setzero_si512());
-      _mm512_storeu_si512(value + at, _mm512_setzero_si512());
-    }
-  }
-};
-
 // 64 moves: bits used, and the count of the literals with minus the length.
 void store_moves(uint16_t* to, __m512i used, __m512i high) {
   alignas(64) static constexpr Bytes kFirst = bytes_of([](size_t i) { return i / 2 + i % 2 * kVector; });
   alignas(64) static constexpr Bytes kLast = bytes_of([](size_t i) { return 32 + i / 2 + i % 2 * kVector; });
   _mm512_store_si512(to, _mm512_permutex2var_epi8(used, load(kFirst.data()), high));
   _mm512_store_si512(to + kVector / 2, _mm512_permutex2var_epi8(used, load(kLast.data()), high));
-}
-
-// A move's bits of the length, by the text's byte. Minus the length is that byte minus kMaxMatch; of both the low five
-// bits.
-__m512i minus_length(__mmask64 is_length, __m512i byte) {
-  static_assert(kMoveLengthShift == 8 + 3 && kMaxMatch % 32 == 2);
-  const __m512i long_length = fill(kLongLength >> 8), longest_copy = fill(static_cast<int>(kMaxMatch - kMaxCopy));
-  const __m512i minus = _mm512_and_si512(_mm512_slli_epi16(_mm512_sub_epi8(byte, fill(2)), 3), long_length);
-  return _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(is_length, long_length),
-                              _mm512_mask_cmpge_epu8_mask(is_length, byte, longest_copy), minus);
 }
 
 // to[i] = from[i with its bits reversed]. An index is a row of six bits and a column of four: within a register (four
@@ -332,23 +292,44 @@ void fill_distances_avx512(const uint8_t* bits, const uint16_t* order, int count
 }
 
 void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, uint16_t* moves, uint32_t* texts) {
-  InOrder<kIndexes> in_order;
+  alignas(64) uint8_t used_in_order[kIndexes + kVector], value_in_order[kIndexes + kVector];
   alignas(64) uint8_t used_at[kIndexes], value_at[kIndexes];
   size_t at = 0;
   for (int i = 0; i < count; ++i) {
     const uint16_t symbol = order[i];
     const SymbolFacts facts = kSymbolFacts[symbol];
-    const size_t length = bits[symbol], run_bits = kIndexBits - length, used = length + facts.extra_bits;
-    in_order.place(at, facts, used > kIndexBits ? 0 : used | facts.is_length, run_bits);
-    at += size_t{1} << run_bits;
+    const size_t length = bits[symbol], used = length + facts.extra_bits;
+    const __m512i used_bytes = fill(used > kIndexBits ? 0 : static_cast<int>(used | facts.is_length));
+    const __m512i value = fill(facts.value), extra = fill(facts.extra_bits);
+    const __m512i upper = load(&kUpper[kIndexBits - length]);
+    _mm512_storeu_si512(used_in_order + at, used_bytes);
+    _mm512_storeu_si512(value_in_order + at, _mm512_sub_epi8(value, _mm512_and_si512(upper, extra)));
+    if (length == kShortestAvx512) {  // a vector more
+      _mm512_storeu_si512(used_in_order + at + kVector, used_bytes);
+      _mm512_storeu_si512(value_in_order + at + kVector, _mm512_sub_epi8(value, extra));
+    }
+    at += kIndexes >> length;
   }
-  in_order.place_none(at, kIndexes);
-  reverse_index(in_order.used, used_at);
-  reverse_index(in_order.value, value_at);
+  for (; at < kIndexes; at += kVector) {
+    _mm512_storeu_si512(used_in_order + at, _mm512_setzero_si512());
+    _mm512_storeu_si512(value_in_order + at, _mm512_setzero_si512());
+  }
+  reverse_index(used_in_order, used_at);
+  reverse_index(value_in_order, value_at);
 
+  // A long length's extra bits, by its value: five from 1 to 127, four up to 191, and so on; length 258 has none.
+  const __m512i extra_bits_by_value =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(5, 5, 5, 5, 5, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 1));
+  const __m512i not_long = fill(static_cast<int>(kMaxMatch - kMaxCopy)), long_length = fill(kLongLength >> 8);
   const __m512i bits_mask = fill(15), all_bits = fill(kIndexBits), one = fill(1);
-  const __m512i used_low = load(used_at), used_high = load(used_at + kVector);
+  const auto is_long = [=](__m512i used, __m512i value) {
+    return _mm512_mask_cmplt_epu8_mask(_mm512_movepi8_mask(used), value, not_long);
+  };
+  // What may follow a literal: no long lengths.
   const __m512i value_low = load(value_at), value_high = load(value_at + kVector);
+  const __m512i used_low = _mm512_maskz_mov_epi8(~is_long(load(used_at), value_low), load(used_at));
+  const __m512i used_high =
+      _mm512_maskz_mov_epi8(~is_long(load(used_at + kVector), value_high), load(used_at + kVector));
   const __m512i used_least = _mm512_broadcast_i32x4(_mm512_castsi512_si128(used_low));
   const __m512i value_least = _mm512_broadcast_i32x4(_mm512_castsi512_si128(value_low));
   // i >> n for n >= 3 needs no more of i than i / 8, which eight neighbours share.
@@ -379,11 +360,21 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
     __m512i length = _mm512_maskz_mov_epi8(length1, value1);
     length = _mm512_mask_mov_epi8(length, length2, value2);
     length = _mm512_mask_mov_epi8(length, length3, value3);
+    const __mmask64 long1 = is_long(used1, value1);
+    const __m512i extra_bits =
+        _mm512_maskz_shuffle_epi8(long1 & _mm512_test_epi8_mask(value1, value1), extra_bits_by_value,
+                                  _mm512_and_si512(_mm512_srli_epi16(value1, 4), bits_mask));
     __m512i high = _mm512_maskz_mov_epi8(is1 & ~length1, one);
     high = _mm512_mask_add_epi8(high, is2 & ~length2, high, one);
     high = _mm512_mask_add_epi8(high, is3 & ~length3, high, one);
-    store_moves(moves + v * kVector, sum, _mm512_or_si512(high, minus_length(any_length, length)));
-    store_interleaved(texts + v * kVector, value1, value2, value3, length);
+    // Minus the length is the text's byte minus kMaxMatch; of both the low five bits.
+    static_assert(kMoveLengthShift == 8 + 3 && kMaxMatch % 32 == 2);
+    const __m512i minus_length = _mm512_and_si512(_mm512_slli_epi16(_mm512_sub_epi8(length, fill(2)), 3), long_length);
+    high = _mm512_or_si512(high,
+                           _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(any_length, minus_length), long1, long_length));
+    store_moves(moves + v * kVector, _mm512_add_epi8(sum, extra_bits), high);
+    store_interleaved(texts + v * kVector, _mm512_mask_mov_epi8(value1, long1, sum1),
+                      _mm512_mask_mov_epi8(value2, long1, extra_bits), value3, length);
   }
 }
 
