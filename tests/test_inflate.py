@@ -541,6 +541,36 @@ def test_random_codes(driver: Driver) -> None:
     assert driver.left_to_careful == 0
 
 
+def test_as_many_bits_as_a_step_can_take(driver: Driver) -> None:
+    """14 bits of a literal, 15 of a length, 21 of a distance, wherever a byte ends: more than a step leaves over for the
+    next one."""
+    order = [*range(60, 69), 284, 70, 71, 72, 73, 256]  # codes of 1 bit, of 2, ..., two of 14
+    literals = [0] * 286
+    for i, symbol in enumerate(order):
+        literals[symbol] = min(i + 1, 14)
+    distances = [min(i + 1, 14) for i in range(15)] + [0] * 15
+    distances[7], distances[29] = 0, 8
+    literal_code, distance_code = canonical(literals), canonical(distances)
+    rng = random.Random(6)
+    bits, out = Bits().dynamic(literals, distances), bytearray()
+    for symbol in rng.choices(order[:9], k=2**15):
+        bits.code(literal_code[symbol])
+        out.append(symbol)
+    for _ in range(1000):
+        if rng.random() < 0.3:
+            bits.code(literal_code[60])
+            out.append(60)
+        more, back = rng.randrange(31), rng.randrange(2**13)
+        bits.code(literal_code[73]).code(literal_code[284]).number(more, 5).code(distance_code[29]).number(back, 13)
+        out.append(73)
+        for _ in range(227 + more):
+            out.append(out[-24577 - back])
+    bits.code(literal_code[256])
+    driver.left_to_careful = 0
+    assert driver.check([Job(bits.stream(bytes(out)), len(out))] * 3)[0].code == 0
+    assert driver.left_to_careful == 0
+
+
 def test_truncated_anywhere(driver: Driver) -> None:
     rng = random.Random(5)
     for data in (payload(rng, 700), b"abcabcabcd" * 30, rng.randbytes(100)):
