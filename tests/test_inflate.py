@@ -542,8 +542,8 @@ def test_random_codes(driver: Driver) -> None:
 
 
 def test_as_many_bits_as_a_step_can_take(driver: Driver) -> None:
-    """14 bits of a literal, 15 of a length, 21 of a distance, wherever a byte ends: more than a step leaves over for the
-    next one."""
+    """14 bits of a literal, 15 of a length, 21 of a distance, wherever a byte ends: what is left over is too little for
+    the next step."""
     order = [*range(60, 69), 284, 70, 71, 72, 73, 256]  # codes of 1 bit, of 2, ..., two of 14
     literals = [0] * 286
     for i, symbol in enumerate(order):
