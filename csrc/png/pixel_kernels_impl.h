@@ -89,16 +89,18 @@ struct Wavefront {
   // The neighbour nearest to a + b - c. With low <= high the values of a and b: if c - low >= 2 (high - c), the sum
   // lies at or below low; if high - c >= 2 (c - low), at or above high; else c is nearest. Subtraction that stops at 0
   // makes that right outside [low, high] too, and equal distances fall as the specification has them (tested over all
-  // 2^24 triples). `low_or_mean` takes the place of low. The result is that less x.
+  // 2^24 triples). The doubles would not fit into bytes: n >= 2 k is k < n / 2 + 1, which is the mean of n and 1.
+  // `low_or_mean` takes the place of low. The result is that less x.
   static inline __attribute__((always_inline)) U8 unfilter(U8 a, U8 b, U8 c, typename V::Where is_average, U8 x) {
     const U8 low = V::min(a, b), high = V::max(a, b);
     const U8 below = V::subtract_to_zero(c, low), over = V::subtract_to_zero(high, c);
-    const U8 below2 = V::add_to_255(below, below), over2 = V::add_to_255(over, over);
+    const U8 one = V::fill(1), below_half = V::mean(below, one), over_half = V::mean(over, one);
     if constexpr (kByteMasks) {
       const U8 low_or_mean = V::max(low, V::both(V::mean(a, b), is_average));
-      return V::subtract(V::where_not_less(below, over2, low_or_mean, V::where_not_less(over, below2, high, c)), x);
+      const U8 high_or_c = V::where_not_less(below, over_half, c, high);
+      return V::subtract(V::where_not_less(over, below_half, high_or_c, low_or_mean), x);
     } else {
-      return V::nearest_less(x, over, below2, high, below, over2, V::mean_where(is_average, a, b, low), c);
+      return V::nearest_less(x, over, below_half, V::mean_where(is_average, a, b, low), below, over_half, high, c);
     }
   }
 

@@ -71,7 +71,6 @@ struct Lanes {
   static U8 mean(U8 a, U8 b) { return _mm256_avg_epu8(a, b); }
   static U8 subtract(U8 a, U8 b) { return _mm256_sub_epi8(a, b); }
   static U8 subtract_to_zero(U8 a, U8 b) { return _mm256_subs_epu8(a, b); }
-  static U8 add_to_255(U8 a, U8 b) { return _mm256_adds_epu8(a, b); }
   // Lane by lane: a >= b ? yes : no.
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(_mm256_max_epu8(a, b), a));

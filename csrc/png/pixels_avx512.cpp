@@ -80,15 +80,14 @@ struct Lanes {
   static U8 mean(U8 a, U8 b) { return _mm512_avg_epu8(a, b); }
   static U8 subtract(U8 a, U8 b) { return _mm512_sub_epi8(a, b); }
   static U8 subtract_to_zero(U8 a, U8 b) { return _mm512_subs_epu8(a, b); }
-  static U8 add_to_255(U8 a, U8 b) { return _mm512_adds_epu8(a, b); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     return _mm512_mask_blend_epi8(_mm512_cmpge_epu8_mask(a, b), no, yes);
   }
   static Where where(U8 mask) { return _mm512_movepi8_mask(mask); }
   static U8 mean_where(Where where, U8 a, U8 b, U8 no) { return _mm512_mask_avg_epu8(no, where, a, b); }
-  static U8 nearest_less(U8 x, U8 over, U8 below2, U8 high, U8 below, U8 over2, U8 low, U8 c) {
-    const U8 high_or_c = _mm512_mask_sub_epi8(_mm512_sub_epi8(c, x), _mm512_cmpge_epu8_mask(over, below2), high, x);
-    return _mm512_mask_sub_epi8(high_or_c, _mm512_cmpge_epu8_mask(below, over2), low, x);
+  static U8 nearest_less(U8 x, U8 over, U8 below_half, U8 low, U8 below, U8 over_half, U8 high, U8 c) {
+    const U8 high_or_c = _mm512_mask_sub_epi8(_mm512_sub_epi8(c, x), _mm512_cmplt_epu8_mask(below, over_half), high, x);
+    return _mm512_mask_sub_epi8(high_or_c, _mm512_cmplt_epu8_mask(over, below_half), low, x);
   }
   static U8 carry(U8 before, U8 v) { return _mm512_alignr_epi64(v, before, 6); }
   static U8 shift_in(U8 carried, U8 v) { return _mm512_alignr_epi8(v, carried, 15); }

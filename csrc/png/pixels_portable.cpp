@@ -52,7 +52,6 @@ struct Lanes {
   static U8 mean(U8 a, U8 b) { return _mm_avg_epu8(a, b); }
   static U8 subtract(U8 a, U8 b) { return _mm_sub_epi8(a, b); }
   static U8 subtract_to_zero(U8 a, U8 b) { return _mm_subs_epu8(a, b); }
-  static U8 add_to_255(U8 a, U8 b) { return _mm_adds_epu8(a, b); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) {
     const U8 mask = _mm_cmpeq_epi8(_mm_max_epu8(a, b), a);
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
@@ -156,7 +155,6 @@ struct Lanes {
   static U8 mean(U8 a, U8 b) { return (a | b) - ((a ^ b) >> 1); }
   static U8 subtract(U8 a, U8 b) { return a - b; }
   static U8 subtract_to_zero(U8 a, U8 b) { return max(a, b) - b; }
-  static U8 add_to_255(U8 a, U8 b) { return a + min(b, ~a); }
   static U8 where_not_less(U8 a, U8 b, U8 yes, U8 no) { return a >= b ? yes : no; }
   static U8 carry(U8 before, U8) { return before; }
   static U8 shift_in(U8 carried, U8 v) {
