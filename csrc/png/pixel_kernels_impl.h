@@ -62,6 +62,10 @@ struct Wavefront {
   // each read one column further left, lie 1024 bytes apart, and a first-level cache has only four places for those.)
   static constexpr size_t kBlock = kBlockColumns;
 
+  // Of two vectors the second one rests until its first lane begins, the first one once its last lane has ended. (With
+  // shorter vectors it costs what it spares.)
+  static constexpr bool kRests = kVectors == 2 && kBytes == 64;
+
   // A mask is a vector of 0xff and 0, or a register of its own kind with operations that take one.
   static constexpr bool kByteMasks = sizeof(typename V::Where) == kBytes;
 
@@ -142,6 +146,7 @@ struct Wavefront {
       uint8_t (*const block)[kRows] = ring + step % kRing;
       const size_t block_steps = std::min(kBlock, (steps - step + kBytes - 1) / kBytes * kBytes);
       for (size_t part = 0; part < kRows; part += kPart) {
+        if (kRests && (step + block_steps <= delay(part) || step >= width + delay(part + kPart - 1))) continue;
         for (size_t t = 0; t < block_steps; t += kBytes) {
           U8 x[kPart];
 #pragma GCC unroll 16
@@ -160,24 +165,37 @@ struct Wavefront {
         }
       }
       const size_t needed_steps = std::min(block_steps, steps - step);
-      for (size_t t = 0; t < needed_steps; ++t) {
-        const size_t input_at = t / kBytes * kBytes + t % kPart * (kBytes / kPart) + t % kBytes / kPart;
-        U8 up[kVectors];
+      // Steps t .. end - 1 of vectors kFirst .. kEnd - 1.
+      const auto take = [&]<size_t kFirst, size_t kEnd>(size_t t, size_t end) __attribute__((always_inline)) {
+        for (; t < end; ++t) {
+          const size_t input_at = t / kBytes * kBytes + t % kPart * (kBytes / kPart) + t % kBytes / kPart;
+          U8 up[kVectors];
 #pragma GCC unroll 8
-        for (size_t v = 0; v < kVectors; ++v) {
-          up[v] = V::shift_in(carried[v], left[v]);
-          carried[v] = V::carry(v > 0 ? left[v - 1] : V::load_unaligned(above + (step + t + 2) - kBytes), left[v]);
-        }
+          for (size_t v = kFirst; v < kEnd; ++v) {
+            up[v] = V::shift_in(carried[v], left[v]);
+            carried[v] = V::carry(v > 0 ? left[v - 1] : V::load_unaligned(above + (step + t + 2) - kBytes), left[v]);
+          }
 #pragma GCC unroll 8
-        for (size_t v = 0; v < kVectors; ++v) {
-          const size_t at = v * kBytes;
-          const U8 a = V::either(left[v], V::load(masks.a + at));
-          const U8 b = V::either(up[v], V::load(masks.b + at));
-          left[v] =
-              unfilter(a, b, above_left[v], is_average[v], V::load_parts(input[at / kPart][input_at], sizeof input[0]));
-          above_left[v] = V::either(b, V::load(masks.c + at));
-          V::store(block[t] + at, left[v]);
+          for (size_t v = kFirst; v < kEnd; ++v) {
+            const size_t at = v * kBytes;
+            const U8 a = V::either(left[v], V::load(masks.a + at));
+            const U8 b = V::either(up[v], V::load(masks.b + at));
+            left[v] = unfilter(a, b, above_left[v], is_average[v],
+                               V::load_parts(input[at / kPart][input_at], sizeof input[0]));
+            above_left[v] = V::either(b, V::load(masks.c + at));
+            V::store(block[t] + at, left[v]);
+          }
         }
+      };
+      if constexpr (kRests) {
+        // The second one begins early enough to take from the first one what its first lane finds above itself.
+        const auto within = [&](size_t at) { return std::clamp(at, step, step + needed_steps) - step; };
+        const size_t both = within(delay(kBytes) - 2), second = within(width + delay(kBytes - 1));
+        take.template operator()<0, 1>(0, both);
+        take.template operator()<0, 2>(both, second);
+        take.template operator()<1, 2>(second, needed_steps);
+      } else {
+        take.template operator()<0, kVectors>(0, needed_steps);
       }
       // The last row is the one above the next group. Its columns were all read as such at least a step ago.
       if (step + block_steps > last_delay) {
