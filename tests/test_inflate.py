@@ -499,11 +499,11 @@ LENGTHS += [(67 + 16 * i, 4) for i in range(4)] + [(131 + 32 * i, 5) for i in ra
 DISTANCES = [(1, 0), (2, 0), *((1 + (2 + k) * 2**extra, extra) for extra in range(14) for k in (0, 1))]
 
 
-def stream_of_random_codes(rng: random.Random, depth: float, tokens: int) -> Job:
+def stream_of_random_codes(rng: random.Random, depth: float, tokens: int, some: list[int] | None = None) -> Job:
     """Blocks of random codes; symbols are drawn evenly, or as their codes' lengths suggest."""
     bits, out = Bits(), bytearray()
     for last in (False, True):
-        literals, distances = random_code(rng, 286, depth), random_code(rng, 30, depth)
+        literals, distances = some or random_code(rng, 286, depth), random_code(rng, 30, depth)
         bits.dynamic(literals, distances, last=last)
         literal_code, distance_code = canonical(literals), canonical(distances)
         weights = [2.0**-length for length in literals] if rng.random() < 0.5 else [1.0] * 286
@@ -532,10 +532,14 @@ def stream_of_random_codes(rng: random.Random, depth: float, tokens: int) -> Job
 
 
 def test_random_codes(driver: Driver) -> None:
-    """Codes and extra bits cross the edges of all tables, more long ones than there are tables for; no valid stream is
-    left to the careful decoder, which would be right, and slow."""
+    """Codes and extra bits cross the edges of all tables, with as many codes beyond the index as there can be; no valid
+    stream is left to the careful decoder, which would be right, and slow."""
     rng = random.Random(5)
     jobs = [stream_of_random_codes(rng, depth, 1500) for depth in (0, 0.3, 0.6, 0.9, 0.95, 1) for _ in range(4)]
+    most = [1, 2, 4, 5, 6, 8] + [11] * 280
+    for _ in range(4):
+        rng.shuffle(most)
+        jobs.append(stream_of_random_codes(rng, 0.5, 3000, list(most)))
     driver.left_to_careful = 0
     assert all(result.code == 0 for result in driver.check(jobs))
     assert driver.left_to_careful == 0

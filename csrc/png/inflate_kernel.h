@@ -24,10 +24,12 @@
 // and writes at most kStepNbytes; the number of steps that are safe for every stream is computed before them, so the
 // steps themselves check nothing, read inside the input and write inside the output.
 
-// Tables for the indexes whose entry is empty, the first one for those that have none.
-constexpr int kLongBits = 4, kTableBits = kIndexBits + kLongBits;  // hardly any code is longer
-constexpr size_t kLongTables = 128, kLongEntries = size_t{1} << kLongBits;
-constexpr size_t kEntries = (size_t{1} << kIndexBits) + kLongTables * kLongEntries;
+// Behind the literal table: entries for the codes beyond the index, by kTableBits bits, the first one highest; behind
+// those, one that is always empty.
+constexpr int kTableBits = 14;  // hardly any code is longer
+constexpr size_t kMostOfOne = size_t{1} << (kTableBits - kIndexBits - 1), kLongRoom = kLiteralSymbols * kMostOfOne;
+constexpr size_t kNoLong = kLongRoom + kMostOfOne;
+constexpr size_t kEntries = (size_t{1} << kIndexBits) + kNoLong + 1;
 
 constexpr int kLongDistanceBits = 4;
 constexpr int kStepBits = kTableBits + kIndexBits + kMaxLengthExtra + kDistanceIndexBits + kLongDistanceBits + 13;
@@ -184,9 +186,6 @@ struct CanonicalCode {
 
 enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
 
-constexpr auto kReversedIndex = reversed_bits<kIndexBits>();
-constexpr auto kReversedLong = reversed_bits<kLongBits>();
-
 // A length's extra bits, by symbol; of a literal 0, of what is neither more than any table holds.
 constexpr auto kExtraBits = [] {
   std::array<uint8_t, kLiteralSymbols> bits{};
@@ -216,14 +215,13 @@ struct Entries {
 };
 
 struct Stream {
-  // See Note [a step]. Behind the 1 << kIndexBits entries: the long tables. [i] of long_at: where that of index i
-  // begins.
-  alignas(64) uint16_t moves[kEntries + kLongEntries];  // room behind them
-  alignas(64) uint32_t texts[kEntries + kLongEntries];
+  // See Note [a step].
+  alignas(64) uint16_t moves[kEntries];
+  alignas(64) uint32_t texts[kEntries];
   // [kNeutral]: neutral. Behind it the long tables, the first of them for the indexes that have none.
   alignas(64) uint64_t distances[kNeutral + 1 + (1 + kLongDistanceTables) * (1 << kLongDistanceBits)];
-  alignas(64) uint16_t long_at[1 << kIndexBits];
   alignas(64) uint16_t long_distance_at[1 << kDistanceIndexBits];
+  uint64_t long_start;  // the first code beyond the index, in kTableBits bits, the first one highest
 
   uint64_t position;    // of the next bit, as an address in bits
   uint8_t* out;         // of the next byte
@@ -239,6 +237,12 @@ struct Stream {
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
+
+  // The entry of what starts at the lowest bit, if its code is beyond the index.
+  size_t long_entry(uint64_t bits) const {
+    const uint64_t behind = (code_bits(bits) >> (kMaxCodeBits - kTableBits)) - long_start;
+    return (size_t{1} << kIndexBits) + (behind < kLongRoom ? behind : kNoLong);
+  }
 
   uint64_t peek() const { return load64(reinterpret_cast<const uint8_t*>(position >> 3)) >> (position & 7); }
 
@@ -271,6 +275,7 @@ struct Stream {
     set_out_end(next.out_nbytes);
     adler = 1;
     distances[kNeutral] = kNoDistance;
+    Entries{moves, texts}.set((size_t{1} << kIndexBits) + kNoLong, {0, 0});
     last_block = false;
     return next_block();
   }
@@ -576,14 +581,14 @@ struct Stream {
     return {static_cast<uint16_t>((1 << kCountShift) + bits), literal};
   }
 
-  // Of a length up to kMaxCopy, or of a symbol from kFirstLong on.
+  // Of a length up to kMaxCopy, all its bits within the index; of any other one, or none.
   static Entry length_entry(size_t length, int bits) {
     return {static_cast<uint16_t>(((0 - length) << kMoveLengthShift) + static_cast<size_t>(bits)),
             static_cast<uint32_t>((kMaxMatch - length) << kTextLengthShift)};
   }
   static Entry long_length_entry(int symbol, int bits) {
-    if (symbol >= kFirstLength + kLengthSymbols) return {0, 0};
     const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
+    if (extra_bits > kMaxLengthExtra) return {0, 0};  // no length
     const auto least = static_cast<uint32_t>(kMaxMatch - kLengthBase[symbol - kFirstLength]);
     return {static_cast<uint16_t>(kLongLength + bits + extra_bits),
             least << kTextLengthShift | static_cast<uint32_t>(extra_bits << 8 | bits)};
@@ -606,8 +611,9 @@ struct Stream {
   // m < kIndexBits: for what stands behind a literal.
   static void fill_length(Entries to, size_t run, int symbol, int length, int m) {
     const int extra_bits = kExtraBits[static_cast<size_t>(symbol)];
-    if (symbol >= kFirstLong && m >= kIndexBits) return fill_run(to, run, long_length_entry(symbol, length));
-    if (symbol >= kFirstLong || length + extra_bits > m) return fill_run(to, run, {0, 0});
+    if (symbol >= kFirstLong || length + extra_bits > m) {
+      return fill_run(to, run, m < kIndexBits ? Entry{0, 0} : long_length_entry(symbol, length));
+    }
     const size_t part = run >> extra_bits, least = kLengthBase[symbol - kFirstLength];
     for (size_t extra = 0; extra < size_t{1} << extra_bits; ++extra, to = to + part) {
       fill_run(to, part, length_entry(least + extra, length + extra_bits));  // one bit at most
@@ -633,42 +639,25 @@ struct Stream {
     std::fill(to.texts, to.texts + run, entry.text);
   }
 
-  // What is known with kLongBits more bits, for the indexes that hold no whole symbol. In these tables the first bit is
-  // the highest (kReversedLong), so that a symbol's entries lie side by side.
   void fill_long(const uint8_t* bits) {
-    constexpr uint32_t kIndexes = 1 << kIndexBits;
-    const Entries entries = {moves, texts};
-    std::fill(long_at, long_at + kIndexes, static_cast<uint16_t>(kIndexes));
-    fill_run(entries + kIndexes, kLongEntries, {0, 0});
-    size_t next_table = kIndexes + kLongEntries;
-    const auto add_table = [&](uint32_t index) {  // first bit highest
-      long_at[kReversedIndex[index]] = static_cast<uint16_t>(next_table);
-      next_table += kLongEntries;
-    };
-    // A code that fills the index, and an extra bit.
-    const uint16_t* const within_end = literal_code.symbol + literal_code.codes(1, kIndexBits);
-    const uint32_t index_end = static_cast<uint32_t>(literal_code.last[kIndexBits] + 1) >> (kMaxCodeBits - kIndexBits);
-    for (int i = literal_code.count[kIndexBits] - literal_code.literals[kIndexBits]; i > 0; --i) {
-      const int symbol = within_end[-i];
-      if (symbol >= kFirstLong || kExtraBits[static_cast<size_t>(symbol)] != 1) continue;
-      fill_length(entries + next_table, kLongEntries, symbol, kIndexBits, kTableBits);
-      add_table(index_end - static_cast<uint32_t>(i));
-    }
-    // The codes above the index. A symbol's entries may reach into the next one's, which are written later.
-    size_t at = next_table;
-    for (uint32_t index = index_end; index < kIndexes && next_table < kEntries; ++index) add_table(index);
-    const uint16_t* const long_end = within_end + literal_code.codes(kIndexBits + 1, kTableBits);
-    for (const uint16_t* symbol = within_end; symbol < long_end && at < next_table; ++symbol) {
+    constexpr uint32_t kCodes = 1 << kTableBits;
+    const Entries entries = Entries{moves, texts} + (size_t{1} << kIndexBits);
+    const uint16_t* symbol = literal_code.symbol + literal_code.codes(1, kIndexBits);
+    const uint16_t* const symbol_end = symbol + literal_code.codes(kIndexBits + 1, kTableBits);
+    long_start = static_cast<uint32_t>(literal_code.last[kIndexBits] + 1) >> (kMaxCodeBits - kTableBits);
+    const size_t codes = std::min<size_t>(kCodes - long_start, kLongRoom);  // more only where there are none
+    size_t at = 0;
+    for (; symbol < symbol_end; ++symbol) {
       const int length = bits[*symbol];
       const size_t run = size_t{1} << (kTableBits - length);
       if (*symbol < kEndOfBlock) {
-        fill_run<kLongEntries / 2>(entries + at, literal_entry(*symbol, length));
+        fill_run<kMostOfOne>(entries + at, literal_entry(*symbol, length));  // the next one overwrites the rest
       } else {
         fill_length(entries + at, run, *symbol, length, kTableBits);
       }
       at += run;
     }
-    fill_run(entries + at, next_table - at, {0, 0});
+    fill_run(entries + at, codes - at, {0, 0});
   }
 
   static uint64_t distance_entry(int symbol, int length) {
@@ -819,7 +808,7 @@ template <int k>
   size_t at = bits % (1 << kIndexBits);
   uint32_t move = stream.moves[at];
   if (move == 0) [[unlikely]] {
-    at = stream.long_at[at] + size_t{kReversedLong[(bits >> kIndexBits) % kLongEntries]};
+    at = stream.long_entry(bits);
     move = stream.moves[at];
     if (move == 0) {
       stopped_ret = {Stop::kSymbol, k, 0};

@@ -65,7 +65,8 @@ struct alignas(256) Lanes {
   uint64_t steps;  // left
   uint64_t nothing = 0;
   uint64_t neutral = kNeutral;
-  decltype(kReversedLong) reversed = kReversedLong;
+  uint64_t no_long = kNoLong;
+  std::array<uint16_t, 256> reversed = kReversedByte;
   Repeats repeats = kRepeats;
   // Where the steps stopped.
   uint64_t why, stream, minus_length;
@@ -88,8 +89,9 @@ template <int K, bool kExpectsNear>
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
                     static_cast<int>(Stop::kMatch) == 2,
                 "written into the text: there are 30 operands at most");
-  static_assert(kDistanceIndexBits == 8 && kCountShift == 8 && kCountMask == 7 && kMoveLengthShift == 11 &&
-                    kTextLengthShift == 24 && kMaxMatch == 258,
+  static_assert(kIndexBits == 10 && kTableBits == 14 && kLongRoom == 2304 && kDistanceIndexBits == 8 &&
+                    kCountShift == 8 && kCountMask == 7 && kMoveLengthShift == 11 && kTextLengthShift == 24 &&
+                    kMaxMatch == 258,
                 "likewise");
   constexpr size_t kBase = kIndexBits;
   lanes.steps = steps;
@@ -174,19 +176,26 @@ template <int K, bool kExpectsNear>
   5\k:
   .endm
 
-  # rbp: the index of an empty entry, then of the long one. Uses rcx.
-  .macro long_index k, bits
-    movzwl \k*%c[size]+%c[long_at](%%rdi,%%rbp,2), %%ebp
+  # rbp: where the entry is, Stream::long_entry. Uses rcx.
+  .macro long_entry k, bits, bits8
+    movzbl %%\bits8, %%ebp
     movl %%\bits, %%ecx
-    shrl %[index_bits], %%ecx
-    andl $(1 << %c[long_bits]) - 1, %%ecx
+    shrl $8, %%ecx
+    andl $63, %%ecx
+    movzwl %c[reversed](%%rdi,%%rbp,2), %%ebp
     movzwl %c[reversed](%%rdi,%%rcx,2), %%ecx
-    addl %%ecx, %%ebp
+    shll $6, %%ebp
+    shrl $2, %%ecx
+    orl %%ecx, %%ebp
+    subl \k*%c[size]+%c[long_start](%%rdi), %%ebp
+    cmpl $2303, %%ebp
+    cmoval %c[no_long](%%rdi), %%ebp
+    addl $1024, %%ebp
   .endm
 
   .macro rare_first k, P, P32, O, L, L32, L8, place
   1\place\k:
-    long_index \k, \L32
+    long_entry \k, \L32, \L8
     movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ebx
     testl %%ebx, %%ebx
     jnz 2\place\k\()b
@@ -248,7 +257,7 @@ template <int K, bool kExpectsNear>
     movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ecx
     testl %%ecx, %%ecx
     jnz 94\k\()f
-    long_index \k, edx
+    long_entry \k, edx, dl
     movzwl \k*%c[size]+%c[moves](%%rdi,%%rbp,2), %%ecx
   94\k:
     testw %%cx, %%cx
@@ -386,7 +395,7 @@ template <int K, bool kExpectsNear>
   .purgem first
   .purgem second
   .purgem third
-  .purgem long_index
+  .purgem long_entry
   .purgem rare_first
   .purgem rare_third
   .purgem store
@@ -399,14 +408,14 @@ template <int K, bool kExpectsNear>
         [position] "i"(offsetof(Stream, position) - kBase), [out] "i"(offsetof(Stream, out) - kBase),
         [begin] "i"(offsetof(Stream, out_begin) - kBase), [out_end] "i"(offsetof(Stream, out_end) - kBase),
         [moves] "i"(offsetof(Stream, moves) - kBase), [texts] "i"(offsetof(Stream, texts) - kBase),
-        [distances] "i"(offsetof(Stream, distances) - kBase), [long_at] "i"(offsetof(Stream, long_at) - kBase),
+        [distances] "i"(offsetof(Stream, distances) - kBase), [long_start] "i"(offsetof(Stream, long_start) - kBase),
         [long_distance_at] "i"(offsetof(Stream, long_distance_at) - kBase), [steps] "i"(offsetof(Lanes, steps) - kBase),
         [nothing] "i"(offsetof(Lanes, nothing) - kBase), [neutral] "i"(offsetof(Lanes, neutral) - kBase),
         [reversed] "i"(offsetof(Lanes, reversed) - kBase), [repeats] "i"(offsetof(Lanes, repeats.of) - kBase),
         [whole] "i"(offsetof(Lanes, repeats.whole) - kBase), [why] "i"(offsetof(Lanes, why) - kBase),
         [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
         [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
-        [source] "i"(offsetof(Lanes, source) - kBase), [index_bits] "i"(kIndexBits), [long_bits] "i"(kLongBits),
+        [source] "i"(offsetof(Lanes, source) - kBase), [no_long] "i"(offsetof(Lanes, no_long) - kBase),
         [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear ? 1 : 0),
         [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",

@@ -294,7 +294,10 @@ void fill_distances_avx512(const uint8_t* bits, const uint16_t* order, int count
 void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count, uint16_t* moves, uint32_t* texts) {
   alignas(64) uint8_t used_in_order[kIndexes + kVector], value_in_order[kIndexes + kVector];
   alignas(64) uint8_t used_at[kIndexes], value_at[kIndexes];
-  size_t at = 0;
+  // Lengths whose extra bit is not within the index.
+  uint16_t stretched_at[4];
+  uint8_t stretched_value[4];
+  size_t stretched = 0, at = 0;
   for (int i = 0; i < count; ++i) {
     const uint16_t symbol = order[i];
     const SymbolFacts facts = kSymbolFacts[symbol];
@@ -308,6 +311,9 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
       _mm512_storeu_si512(used_in_order + at + kVector, used_bytes);
       _mm512_storeu_si512(value_in_order + at + kVector, _mm512_sub_epi8(value, extra));
     }
+    stretched_at[stretched] = static_cast<uint16_t>(at);
+    stretched_value[stretched] = facts.value;
+    stretched += used > kIndexBits && facts.is_length != 0;
     at += kIndexes >> length;
   }
   for (; at < kIndexes; at += kVector) {
@@ -375,6 +381,11 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
     store_moves(moves + v * kVector, _mm512_add_epi8(sum, extra_bits), high);
     store_interleaved(texts + v * kVector, _mm512_mask_mov_epi8(value1, long1, sum1),
                       _mm512_mask_mov_epi8(value2, long1, extra_bits), value3, length);
+  }
+  for (size_t i = 0; i < stretched; ++i) {
+    const size_t index = kReversedByte[stretched_at[i] % 256] << 2 | kReversedByte[stretched_at[i] / 256] >> 6;
+    moves[index] = kLongLength + kIndexBits + 1;
+    texts[index] = static_cast<uint32_t>(stretched_value[i]) << kTextLengthShift | 1 << 8 | kIndexBits;
   }
 }
 
