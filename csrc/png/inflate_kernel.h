@@ -233,7 +233,7 @@ struct Stream {
   uint8_t* summed;      // up to here the checksum holds
   uint32_t adler;
   bool last_block;
-  Isa isa;  // of the checksum
+  Isa isa;  // of the checksum and the tables
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;

@@ -43,7 +43,7 @@ inline constexpr auto kRepeatOf = [] {
   return of;
 }();
 
-// The code of the code lengths, for the next kMaxLengthCodeBits bits.
+// The table of the code of the code lengths has one for each value of the next kMaxLengthCodeBits bits.
 struct LengthEntry {
   uint8_t symbols[2];  // the second one only with a count of 2: two lengths that are within the bits
   uint8_t used;        // bits, extra bits included
@@ -54,13 +54,13 @@ struct LengthEntry {
 void inflate_portable(InflateFeed& feed);
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CXRFAST_INFLATE_AVX2 1
-void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the checksum and the order of symbols
+void inflate_avx2(InflateFeed& feed, Isa isa);  // isa: AVX2 or more, for the checksum and the tables
 
 // order: the symbols 0 .. symbols - 1 that have a code, bits[s] > 0 long, those of one bit first; up to 32 elements
 // behind them are overwritten. [l] of count, of literals: how many have l bits, how many of these are below 256.
 void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uint16_t* count, uint16_t* literals);
 
-// The table of the code of the code lengths: see Stream::fill_length_code. bits: of its symbols. False: not complete.
+// The table of the code of the code lengths. bits: of its symbols. False: not complete.
 bool fill_length_code_avx512(const uint8_t* bits, LengthEntry* table);
 
 // The literal table's 1 << kIndexBits entries (Note [the literal table] in inflate_kernel.h). bits: by symbol; order:

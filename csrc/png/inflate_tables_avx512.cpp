@@ -72,13 +72,14 @@ void order_symbols_avx512(const uint8_t* bits, int symbols, uint16_t* order, uin
 // an index whose first bit is the highest, a symbol's indexes lie side by side, so each symbol is a store that the next
 // one cuts short. Then these bytes are brought into the order in which bits arrive. What follows the first symbol of
 // index i is the first symbol of i >> (its bits): at most kIndexBits - kShortestAvx512 = 7 bits, so that a register
-// pair holds all that may stand there; behind two symbols there are 4 bits.
+// pair holds all that may stand there; behind two symbols there are 4 bits. Lengths above kMaxCopy stand alone.
 
 namespace {
 
 constexpr size_t kVector = 64, kIndexes = size_t{1} << kIndexBits, kVectors = kIndexes / kVector;
 constexpr int kIsLength = 0x80;  // in the byte of bits: the value is kMaxMatch minus a length
-static_assert(kIndexBits - kShortestAvx512 == 7 && kIndexBits - 2 * kShortestAvx512 == 4);
+static_assert(kIndexBits - kShortestAvx512 == 7 && kIndexBits - 2 * kShortestAvx512 == 4 &&
+              kIndexes >> kShortestAvx512 == 2 * kVector);
 static_assert(kShortestAvx512 * (kMaxLiterals + 1) > kIndexBits, "an entry has room for all that an index holds");
 
 using Bytes = std::array<uint8_t, kVector>;
@@ -323,7 +324,7 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
   reverse_index(used_in_order, used_at);
   reverse_index(value_in_order, value_at);
 
-  // A long length's extra bits, by its value: five from 1 to 127, four up to 191, and so on; length 258 has none.
+  // The extra bits of a length above kMaxCopy, by its value: five from 1 to 127, four up to 191, and so on; 0 has none.
   const __m512i extra_bits_by_value =
       _mm512_broadcast_i32x4(_mm_setr_epi8(5, 5, 5, 5, 5, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 1));
   const __m512i not_long = fill(static_cast<int>(kMaxMatch - kMaxCopy)), long_length = fill(kLongLength >> 8);
@@ -331,7 +332,7 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
   const auto is_long = [=](__m512i used, __m512i value) {
     return _mm512_mask_cmplt_epu8_mask(_mm512_movepi8_mask(used), value, not_long);
   };
-  // What may follow a literal: no long lengths.
+  // What may follow a literal: no length above kMaxCopy.
   const __m512i value_low = load(value_at), value_high = load(value_at + kVector);
   const __m512i used_low = _mm512_maskz_mov_epi8(~is_long(load(used_at), value_low), load(used_at));
   const __m512i used_high =
