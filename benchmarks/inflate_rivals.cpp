@@ -88,7 +88,7 @@ Function symbol(const char* library, const char* name) {
 
 std::vector<std::pair<std::string, Method>> methods() {
   std::vector<std::pair<std::string, Method>> all;
-  for (int level = 0; level <= static_cast<int>(cpu_isa()) && level < 2; ++level) {
+  for (int level = 0; level <= static_cast<int>(cpu_isa()); ++level) {
     const Isa isa = static_cast<Isa>(level);
     all.emplace_back(std::string("cxrfast ") + isa_name(isa), [isa](const Film* films, size_t count, Outputs& out) {
       Feed feed(films, count, out);
