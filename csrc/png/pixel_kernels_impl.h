@@ -72,23 +72,34 @@ struct Wavefront {
   struct Masks {
     alignas(64) uint8_t a[kRows], b[kRows], c[kRows];  // 0xff where that neighbour counts as zero
     alignas(64) uint8_t mean[kRows];                   // 0xff where the filter is Average
-    // For the vector of steps k, kPart + k, .. of a part's lanes: what k must reach for those to be pixels of the row.
-    alignas(64) uint8_t wait[kRows / kPart][kBytes];
   };
 
   static void set_masks(const uint8_t* rows, size_t count, size_t row_nbytes, Masks& masks) {
-    for (size_t k = 0; k < kRows; ++k) {
-      const uint8_t filter = k < count ? rows[k * row_nbytes] : static_cast<uint8_t>(kNone);
+    uint8_t filters[kRows];
+    for (size_t k = 0; k < kRows; ++k) filters[k] = k < count ? rows[k * row_nbytes] : static_cast<uint8_t>(kNone);
+    for (size_t k = 0; k < kRows; ++k) {  // by vectors, for what it reads lies side by side
+      const uint8_t filter = filters[k];
       masks.a[k] = filter == kSub || filter == kPaeth || filter == kAverage ? 0 : 0xff;
       masks.b[k] = filter == kUp || filter == kPaeth || filter == kAverage ? 0 : 0xff;
       masks.c[k] = filter == kPaeth ? 0 : 0xff;
       masks.mean[k] = filter == kAverage ? 0xff : 0;
-      for (size_t i = k % kPart; i < kBytes; i += kPart) {
-        const size_t first_step = i / kPart * kPart;
-        masks.wait[k / kPart][i] = static_cast<uint8_t>(std::max(delay(k), first_step) - first_step);
-      }
     }
   }
+
+  // For the vector of steps k, kPart + k, .. of a part's lanes: what k must reach for those to be pixels of the row.
+  struct Waits {
+    alignas(64) uint8_t of[kRows / kPart][kBytes];
+  };
+  static constexpr Waits kWaits = [] {
+    Waits waits{};
+    for (size_t k = 0; k < kRows; ++k) {
+      for (size_t i = k % kPart; i < kBytes; i += kPart) {
+        const size_t first_step = i / kPart * kPart;
+        waits.of[k / kPart][i] = static_cast<uint8_t>(std::max(delay(k), first_step) - first_step);
+      }
+    }
+    return waits;
+  }();
 
   // The neighbour nearest to a + b - c. With low <= high the values of a and b: if c - low >= 2 (high - c), the sum
   // lies at or below low; if high - c >= 2 (c - low), at or above high; else c is nearest. Subtraction that stops at 0
@@ -156,7 +167,7 @@ struct Wavefront {
 #pragma GCC unroll 16
           for (size_t k = 0; k < kPart; ++k) V::store(to + k * kBytes, x[k]);
           if (step + t < delay(part + kPart - 1)) {  // zero up to the first pixel
-            const U8 wait = V::load(masks.wait[part / kPart]);
+            const U8 wait = V::load(kWaits.of[part / kPart]);
             for (size_t k = 0; k < kPart; ++k) {
               const U8 now = V::fill(static_cast<uint8_t>(step + t + k));
               V::store(to + k * kBytes, V::where_not_less(now, wait, V::load(to + k * kBytes), V::fill(0)));
