@@ -12,7 +12,7 @@
 //   copied to where the next step writes, and the length 0 makes nothing of it.
 // Three branches are left, all rarely taken:
 // - An empty entry at the first look-up: a code (or the extra bit of a length up to 16) beyond the index. There are
-//   tables of kLongBits more bits for these; what is empty there, too, is left to Stream::symbol (the block's end).
+//   entries by kTableBits bits for these; what is empty there, too, is left to Stream::symbol (the block's end).
 // - A length above 16: its extra bits are taken, and the copy goes on.
 // - A source before the start of the output. Either the file is broken; or the neutral distance reaches back too far
 //   at the very start; or the entry's distance was made absurd on purpose. The rest of an absurd distance is the true

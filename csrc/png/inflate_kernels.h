@@ -83,14 +83,16 @@ inline void inflate_carefully(InflateFeed& feed, InflateJob& job) {
   inflate_zlib_careful(job);
 }
 
+constexpr size_t reversed(size_t value, int bits) {
+  size_t result = 0;
+  for (int bit = 0; bit < bits; ++bit) result |= (value >> bit & 1) << (bits - 1 - bit);
+  return result;
+}
+
 template <int kBits>
 constexpr auto reversed_bits() {
   std::array<uint16_t, size_t{1} << kBits> table{};
-  for (uint32_t i = 0; i < table.size(); ++i) {
-    uint32_t value = 0;
-    for (int bit = 0; bit < kBits; ++bit) value |= (i >> bit & 1) << (kBits - 1 - bit);
-    table[i] = static_cast<uint16_t>(value);
-  }
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<uint16_t>(reversed(i, kBits));
   return table;
 }
 

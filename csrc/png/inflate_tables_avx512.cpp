@@ -91,12 +91,6 @@ constexpr Bytes bytes_of(ValueOf value_of) {
   return bytes;
 }
 
-constexpr size_t reversed(size_t value, int bits) {
-  size_t result = 0;
-  for (int bit = 0; bit < bits; ++bit) result |= (value >> bit & 1) << (bits - 1 - bit);
-  return result;
-}
-
 struct SymbolFacts {
   uint8_t value, is_length, extra_bits;  // extra_bits: of those that must be within the index, up to 1
 };
@@ -384,7 +378,7 @@ void fill_literals_avx512(const uint8_t* bits, const uint16_t* order, int count,
                       _mm512_mask_mov_epi8(value2, long1, extra_bits), value3, length);
   }
   for (size_t i = 0; i < stretched; ++i) {
-    const size_t index = kReversedByte[stretched_at[i] % 256] << 2 | kReversedByte[stretched_at[i] / 256] >> 6;
+    const size_t index = reversed(stretched_at[i], kIndexBits);
     moves[index] = kLongLength + kIndexBits + 1;
     texts[index] = static_cast<uint32_t>(stretched_value[i]) << kTextLengthShift | 1 << 8 | kIndexBits;
   }
