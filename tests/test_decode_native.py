@@ -279,16 +279,22 @@ def test_wrong_film_type_and_level(monkeypatch: pytest.MonkeyPatch) -> None:
         cxrfast.decode_resize([], 16)
 
 
-def test_calls_from_several_threads_share_a_pool() -> None:
+def test_calls_from_several_threads_share_a_pool(tmp_path: Path) -> None:
+    """The pool goes on with the next call's films before one call's are done, also when these have another size."""
     rng = np.random.default_rng(8)
-    files = [random_png(rng, 100 + i, 90, noise=30) for i in range(12)]
-    expected = cxrfast.decode_resize(files, 48, threads=1).images
+    files: list[bytes | Path] = [random_png(rng, 100 + i, 90, noise=30) for i in range(12)]
+    files.insert(5, tmp_path / "absent.png")
+    sizes = (48, 48, 33, 48)
+    expected = {size: cxrfast.decode_resize(files, size, threads=1) for size in sizes}
+    assert [row for row, status in enumerate(expected[48].statuses) if not status.ok] == [5]
     wrong: list[int] = []
 
     def call(i: int) -> None:
         for _ in range(10):
-            decoded = cxrfast.decode_resize(files[i:], 48, threads=2)
-            if not np.array_equal(decoded.images, expected[i:]):
+            decoded = cxrfast.decode_resize(files[i:], sizes[i], threads=2)
+            if not np.array_equal(decoded.images, expected[sizes[i]].images[i:]):
+                wrong.append(i)
+            if decoded.statuses != expected[sizes[i]].statuses[i:]:
                 wrong.append(i)
 
     callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]

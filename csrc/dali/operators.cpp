@@ -111,14 +111,12 @@ class DecodeResize : public dali::Operator<CPUBackend> {
     auto& images = ws.Output<CPUBackend>(0);
     for (int i = 0; i < count; ++i) films[static_cast<size_t>(i)].out = images.mutable_tensor<uint8_t>(i);
 
-    png::Work work;
-    work.films = films.data();
-    work.count = films.size();
-    work.size = static_cast<uint32_t>(size_);
-    work.isa = png::best_isa();
+    png::Work work(films.data(), films.size(), {static_cast<uint32_t>(size_), png::best_isa()});
+    png::FilmQueue queue;
+    queue.add(work);
     dali::ThreadPool& pool = ws.GetThreadPool();
     for (int i = 0; i < num_threads_; ++i) {
-      pool.AddWork([this, &work](int thread) { workers_[static_cast<size_t>(thread)]->run(work); });
+      pool.AddWork([this, &queue](int thread) { workers_[static_cast<size_t>(thread)]->run(queue); });
     }
     pool.RunAll();
 

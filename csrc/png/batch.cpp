@@ -1,4 +1,4 @@
-// batch.cpp - the thread pool: each thread takes the next film until none is left.
+// batch.cpp - the queue of films, and the threads that take the next one until none is left.
 #include "batch.h"
 
 #include <fcntl.h>
@@ -6,12 +6,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <condition_variable>
 #include <cstring>
 #include <iterator>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -70,25 +67,90 @@ Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t*
   return status;
 }
 
+void FilmQueue::add(Work& work) {
+  if (work.count == 0) return;
+  {
+    const std::lock_guard lock(mutex_);
+    works_.push_back(&work);
+  }
+  added_.notify_all();
+}
+
+void FilmQueue::wait_until_finished(const Work& work) {
+  std::unique_lock lock(mutex_);
+  finished_.wait(lock, [&] { return work.finished_ == work.count; });
+}
+
+bool FilmQueue::first(Target* target_ret) const {
+  const std::lock_guard lock(mutex_);
+  if (works_.empty()) return false;
+  *target_ret = works_.front()->target;
+  return true;
+}
+
+BatchFilm* FilmQueue::take(const Target& target, Work** work_ret) {
+  const std::lock_guard lock(mutex_);
+  if (works_.empty() || works_.front()->target != target) return nullptr;
+  Work& work = *works_.front();
+  BatchFilm* const film = work.films + work.taken_++;
+  if (work.taken_ == work.count) works_.pop_front();
+  *work_ret = &work;
+  return film;
+}
+
+void FilmQueue::finish(Work& work) {
+  const std::lock_guard lock(mutex_);  // held while notifying: the work and, with it, the queue may be gone afterwards
+  if (++work.finished_ == work.count) finished_.notify_all();
+}
+
+bool FilmQueue::wait_for_films() {
+  std::unique_lock lock(mutex_);
+  added_.wait(lock, [&] { return closed_ || !works_.empty(); });
+  return !works_.empty();
+}
+
+void FilmQueue::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+  }
+  added_.notify_all();
+}
+
+void Worker::run(FilmQueue& queue) {
+  queue_ = &queue;
+  while (queue.first(&target_)) {
+    draining_ = false;
+    decoder_.decode_resize(*this, target_.size, target_.isa);
+  }
+}
+
 FilmJob* Worker::next() {
-  while (true) {
-    const size_t i = work_->next.fetch_add(1, std::memory_order_relaxed);
-    if (i >= work_->count) return nullptr;
-    BatchFilm& film = work_->films[i];
+  // Once there was none, there is none until those under way are done: the decoder begins all its streams at once.
+  while (!draining_) {
+    Work* work = nullptr;
+    BatchFilm* const film = queue_->take(target_, &work);
+    if (film == nullptr) {
+      draining_ = true;
+      break;
+    }
     Place& place = *std::find_if(std::begin(places_), std::end(places_), [](const Place& p) { return !p.film; });
-    static_cast<FilmJob&>(place) = {film.file, film.file_nbytes, film.out, 0, 0, {}};
-    if (film.path != nullptr) {
-      film.status = read_file(film.path, decoder_.limits(), &place.buffer, &place.file_nbytes);
-      if (!film.status.ok()) {
-        film.sum = film.sumsq = 0;
-        std::memset(film.out, 0, size_t{work_->size} * work_->size);
+    static_cast<FilmJob&>(place) = {film->file, film->file_nbytes, film->out, 0, 0, {}};
+    if (film->path != nullptr) {
+      film->status = read_file(film->path, decoder_.limits(), &place.buffer, &place.file_nbytes);
+      if (!film->status.ok()) {
+        film->sum = film->sumsq = 0;
+        std::memset(film->out, 0, size_t{target_.size} * target_.size);
+        queue_->finish(*work);
         continue;
       }
       place.file = place.buffer.data();
     }
-    place.film = &film;
+    place.film = film;
+    place.work = work;
     return &place;
   }
+  return nullptr;
 }
 
 void Worker::finished(FilmJob& job) {
@@ -98,45 +160,20 @@ void Worker::finished(FilmJob& job) {
   place.film->status = job.status;
   place.film = nullptr;
   place.buffer.release_above(kKeptFileNbytes);
+  queue_->finish(*place.work);
 }
 
 struct Batch::State {
   explicit State(const Limits& limits_) : limits(limits_) {}
 
   const Limits limits;
-  const pid_t owner = getpid();                  // fork() copies this object, but not its threads
-  std::vector<std::unique_ptr<Worker>> workers;  // [0] is the calling thread's
-  std::vector<std::thread> threads;              // threads[i] runs workers[i + 1]
-  std::mutex call;                               // held during decode_resize
-
-  std::mutex mutex;  // guards the next three
-  std::condition_variable wake, done;
-  uint64_t round = 0;  // counts calls; a thread works once for each
-  size_t busy = 0;     // threads that have not finished this round
-  bool stopping = false;
-
-  Work work;  // written before `round` changes, under the mutex
-
-  void serve(Worker& worker) {
-    uint64_t seen = 0;
-    std::unique_lock lock(mutex);
-    while (true) {
-      wake.wait(lock, [&] { return stopping || round != seen; });
-      if (stopping) return;
-      seen = round;
-      lock.unlock();
-      worker.run(work);
-      lock.lock();
-      if (--busy == 0) done.notify_one();
-    }
-  }
+  const pid_t owner = getpid();  // fork() copies this object, but not its threads
+  FilmQueue queue;
+  std::vector<std::unique_ptr<Worker>> workers;  // one for each thread
+  std::vector<std::thread> threads;
 
   void stop() {
-    {
-      const std::lock_guard lock(mutex);
-      stopping = true;
-    }
-    wake.notify_all();
+    queue.close();
     for (std::thread& thread : threads) thread.join();
   }
 };
@@ -144,8 +181,10 @@ struct Batch::State {
 Batch::Batch(unsigned threads, const Limits& limits) : state_(new State(limits)) {
   for (unsigned i = 0; i < threads; ++i) state_->workers.push_back(std::make_unique<Worker>(limits));
   try {
-    for (unsigned i = 1; i < threads; ++i) {
-      state_->threads.emplace_back([state = state_.get(), i] { state->serve(*state->workers[i]); });
+    for (const auto& worker : state_->workers) {
+      state_->threads.emplace_back([&queue = state_->queue, worker = worker.get()] {
+        while (queue.wait_for_films()) worker->run(queue);
+      });
     }
   } catch (...) {
     state_->stop();
@@ -162,22 +201,15 @@ Batch::~Batch() {
 }
 
 void Batch::decode_resize(BatchFilm* films, size_t count, uint32_t size, Isa isa) {
-  const std::lock_guard one_call(state_->call);
-  const size_t helpers = getpid() == state_->owner ? state_->threads.size() : 0;
-  {
-    const std::lock_guard lock(state_->mutex);
-    state_->work.films = films;
-    state_->work.count = count;
-    state_->work.size = size;
-    state_->work.isa = isa;
-    state_->work.next.store(0, std::memory_order_relaxed);
-    state_->busy = helpers;
-    ++state_->round;
+  Work work(films, count, {size, isa});
+  if (getpid() == state_->owner) {
+    state_->queue.add(work);
+    state_->queue.wait_until_finished(work);
+  } else {
+    FilmQueue alone;
+    alone.add(work);
+    Worker(state_->limits).run(alone);
   }
-  state_->wake.notify_all();
-  state_->workers[0]->run(state_->work);
-  std::unique_lock lock(state_->mutex);
-  state_->done.wait(lock, [&] { return state_->busy == 0; });
 }
 
 }  // namespace cxrfast::png

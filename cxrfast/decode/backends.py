@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cxrfast.decode import Decoder
-from cxrfast.decode.pillow import PillowDecoder
 from cxrfast.errors import InputError
 
 BACKENDS = ("native", "pillow", "dali", "dali-native")
@@ -42,7 +40,7 @@ def choose_decoder(backend: str, workers: int = 0, require_gpu: bool = False) ->
         if require_gpu:
             backend = "dali" if missing("dali-native") else "dali-native"
         elif reason := missing("native"):
-            return PillowDecoder(workers), f"{workers} processes; {reason}"
+            return _pillow(workers), f"{workers} processes; {reason}"
         else:
             return _native(workers), f"{workers} threads, the fastest that is installed (no GPU decodes PNG)"
     if backend not in BACKENDS:
@@ -56,12 +54,14 @@ def choose_decoder(backend: str, workers: int = 0, require_gpu: bool = False) ->
     if backend == "native":
         return _native(workers), f"{workers} threads, as asked"
     if backend == "pillow":
-        return PillowDecoder(workers), f"{workers} processes, as asked"
+        return _pillow(workers), f"{workers} processes, as asked"
     return _dali(backend, workers, require_gpu)
 
 
 def dali_version() -> str:
     """The version of the NVIDIA DALI that is installed, or nothing. Does not import it, which takes seconds."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for cuda in ("130", "120", "110"):
         try:
             return version(f"nvidia-dali-cuda{cuda}")
@@ -83,7 +83,13 @@ def available_cores() -> int:
 def _native(workers: int) -> Decoder:
     from cxrfast.decode.native import NativeDecoder
 
-    return NativeDecoder(1, pools=workers)  # no thread waits for the last film of another one's batch
+    return NativeDecoder(workers)
+
+
+def _pillow(workers: int) -> Decoder:
+    from cxrfast.decode.pillow import PillowDecoder
+
+    return PillowDecoder(workers)
 
 
 def _dali(backend: str, workers: int, require_gpu: bool) -> tuple[Decoder, str]:

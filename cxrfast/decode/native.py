@@ -7,10 +7,8 @@ Same pixels as Pillow, bit for bit, and never an image where the file is broken.
 from __future__ import annotations
 
 import os
-import queue
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +34,9 @@ _OK = Status()
 class NativeDecoder:
     """Decoder over a pool of ``threads`` threads (default: one for each core this process may use).
 
-    The files are read by the threads that decode them. ``CXRFAST_ISA=portable|avx2|avx512`` lowers the instruction set;
-    the pixels are the same at every level.
-
-    Args:
-        threads: how many share the films of one call; the calling thread is one of them.
-        pools: how many calls work at the same time, each with ``threads`` threads; further calls wait for their turn.
+    The files are read by the threads that decode them. They share the films of all calls that are under way, so a call
+    that follows at once, from another thread, keeps them busy while the last films of the one before are decoded.
+    ``CXRFAST_ISA=portable|avx2|avx512`` lowers the instruction set; the pixels are the same at every level.
     """
 
     name = "native"
@@ -51,19 +46,15 @@ class NativeDecoder:
         self,
         threads: int | None = None,
         *,
-        pools: int = 1,
         max_pixels: int = MAX_PIXELS,
         max_memory_nbytes: int = MAX_MEMORY_NBYTES,
     ) -> None:
         threads = available_cores() if threads is None else threads
-        if threads < 1 or pools < 1:
-            what = f"threads={threads}" if threads < 1 else f"pools={pools}"
-            raise InputError(f"{what}: a decoder needs at least one")
-        self.calls = pools
-        self.batch_films = 32 * threads
-        self._pools: queue.SimpleQueue[_png.Pool] = queue.SimpleQueue()  # those that no call is using
-        for _ in range(pools):
-            self._pools.put(_png.Pool(threads, max_pixels, max_memory_nbytes))
+        if threads < 1:
+            raise InputError(f"threads={threads}: a decoder needs at least one")
+        self.calls = 3  # one under way, one that follows at once, and one whose caller is about to come back
+        self.batch_films = 16 * threads
+        self._pool = _png.Pool(threads, max_pixels, max_memory_nbytes)
 
     def __enter__(self) -> NativeDecoder:
         return self
@@ -85,8 +76,7 @@ class NativeDecoder:
         check_isa()
         out = prepared_array(len(films), size, out)
         data, paths = zip(*map(split_film, films), strict=True) if films else ((), ())
-        with self._free_pool() as pool:
-            failures, pixel_sum, pixel_sumsq = pool.decode_resize(list(data), list(paths), out)
+        failures, pixel_sum, pixel_sumsq = self._pool.decode_resize(list(data), list(paths), out)
         statuses = [_OK] * len(films)
         for row, status in failures.items():
             statuses[row] = _status(status)
@@ -95,17 +85,8 @@ class NativeDecoder:
     def decode(self, film: Film) -> tuple[Status, np.ndarray | None]:
         """One film's grey image at its own size: (ok, uint8 (H, W)), or the reason and None."""
         check_isa()
-        with self._free_pool() as pool:
-            status, image = pool.decode(*split_film(film))
+        status, image = self._pool.decode(*split_film(film))
         return _status(status), image
-
-    @contextmanager
-    def _free_pool(self) -> Iterator[_png.Pool]:
-        pool = self._pools.get()
-        try:
-            yield pool
-        finally:
-            self._pools.put(pool)
 
 
 def decode_resize(
