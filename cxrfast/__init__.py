@@ -4,13 +4,7 @@ Importing it loads neither torch nor a compiled part; each public name below is 
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("cxrfast")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
@@ -23,6 +17,17 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562
+    if name == "__version__":
+        return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cxrfast")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"

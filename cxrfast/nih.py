@@ -11,13 +11,19 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from cxrfast.errors import InputError
+
+if TYPE_CHECKING:  # loaded where it is used: it takes longer than reading the CSV, and prep can do without
+    import pandas as pd
 
 CLASSES: tuple[str, ...] = (
     "Atelectasis",
@@ -99,7 +105,8 @@ _YEARS_PER_UNIT = {
     "D": 1 / 365.25,
 }  # the units of DICOM's AS
 
-_NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png")
+_NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png$")
+_PATIENT = re.compile(r"\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,31 @@ class Metadata:
     """One CSV, read.
 
     Attributes:
-        table: one row per film in the CSV's order, columns ``TABLE_COLUMNS``: file str; patient int64; age float64
-            in years, NaN = unknown; sex "M", "F" or "" = unknown; view "PA", "AP" or ""; follow_up float64; the 14
-            classes float32: 1, 0 or NaN = unknown.
+        columns: ``TABLE_COLUMNS``, each with one value per film in the CSV's order: file str; patient int64; age
+            float64 in years, NaN = unknown; sex "M", "F" or "" = unknown; view "PA", "AP" or ""; follow_up float64;
+            the 14 classes float32: 1, 0 or NaN = unknown.
         generation: whose layout the CSV has: "2017-09", "2017-11", "v2020" or "kaggle-sample".
         repairs: how many values were repaired, by kind ("age", "sex", "view", "label spelling"); absent = none.
         film_repairs: file -> what was set to missing in its row, one phrase. Spellings lose nothing: not in here.
     """
 
-    table: pd.DataFrame
+    columns: dict[str, np.ndarray]
     generation: str
     repairs: dict[str, int]
     film_repairs: dict[str, str]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The columns as a DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.columns)
+
+    def columns_of(self, files: Sequence[str]) -> dict[str, np.ndarray]:
+        """The columns of some of the films, in the order of ``files``."""
+        rows = {file: row for row, file in enumerate(self.columns["file"].tolist())}
+        wanted = [rows[file] for file in files]
+        return {name: values[wanted] for name, values in self.columns.items()}
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -132,22 +152,23 @@ def read_metadata(path: str | Path) -> Metadata:
     path = Path(path)
     header, rows = _read_rows(path)
     raw = _cells(path, header, rows, _match_columns(path, header))
-    if raw.empty:
+    if not rows:
         raise InputError(f"{path} has a header but no rows; give the CSV that came with the films")
 
-    file = raw["file"]
-    if (file == "").any():
-        raise InputError(f"{path}: row {_row(file == '')} names no file")
-    if file.duplicated().any():
-        repeated = file[file.duplicated()]
-        raise InputError(f"{path} names {repeated.iloc[0]} more than once ({len(repeated)} rows too many)")
+    files = raw["file"]
+    if "" in files:
+        raise InputError(f"{path}: row {_line(files.index(''))} names no file")
+    named = Counter(files)
+    if len(named) < len(files):
+        repeated = next(file for file in files if named[file] > 1)
+        raise InputError(f"{path} names {repeated} more than once ({len(files) - len(named)} rows too many)")
 
-    patient = _read_patients(path, raw["patient"], file)
+    patients = _read_patients(path, raw["patient"], files)
     labels, respelled = _read_labels(path, raw["labels"])
-    age, age_repairs = _read_ages(raw["age"])
-    sex, sex_repairs = _read_codes(raw["sex"], {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}, "sex")
-    view, view_repairs = _read_codes(raw["view"], {"PA": "PA", "AP": "AP"}, "view")
-    follow_up = pd.to_numeric(raw["follow_up"], errors="coerce").astype(np.float64)
+    ages, age_repairs = _read_ages(raw["age"])
+    sexes, sex_repairs = _read_codes(raw["sex"], {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}, "sex")
+    views, view_repairs = _read_codes(raw["view"], {"PA": "PA", "AP": "AP"}, "view")
+    follow_ups = {text: _number_or_nan(text) for text in set(raw["follow_up"])}
 
     notes: dict[int, list[str]] = {}
     for repairs in (age_repairs, sex_repairs, view_repairs):
@@ -159,14 +180,20 @@ def read_metadata(path: str | Path) -> Metadata:
         "view": len(view_repairs),
         "label spelling": respelled,
     }
-    table = pd.DataFrame(
-        {"file": file, "patient": patient, "age": age, "sex": sex, "view": view, "follow_up": follow_up}
-    )
+    columns = {
+        "file": np.array(files, object),
+        "patient": patients,
+        "age": ages,
+        "sex": np.array(sexes, object),
+        "view": np.array(views, object),
+        "follow_up": np.array([follow_ups[text] for text in raw["follow_up"]]),
+        **{name: labels[:, i] for i, name in enumerate(CLASSES)},
+    }
     return Metadata(
-        table=pd.concat([table, labels], axis=1),
+        columns,
         generation=_generation(header, raw["age"]),
         repairs={kind: count for kind, count in counts.items() if count},
-        film_repairs={file.iloc[row]: "; ".join(notes[row]) for row in sorted(notes)},
+        film_repairs={files[row]: "; ".join(notes[row]) for row in sorted(notes)},
     )
 
 
@@ -220,14 +247,17 @@ def read_boxes(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} is not a BBox list; its header begins with {', '.join(header[:3])!r}")
     # The header has nine fields, "Bbox [x,y,w,h]" and three empty ones, over six fields of data.
     boxes = _cells(path, header, rows, {"file": 0, "label": 1, "x": 2, "y": 3, "w": 4, "h": 5})
-    label = boxes["label"].replace(_SPELLINGS)
-    if not label.isin(CLASSES).all():
-        unknown = boxes["label"][~label.isin(CLASSES)].iloc[0]
-        raise InputError(f"{path}: {unknown!r} is not one of the 14 findings")
-    numbers = boxes[["x", "y", "w", "h"]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    if numbers.isna().any(axis=None):
-        raise InputError(f"{path}: row {_row(numbers.isna().any(axis=1))} is not a box of four numbers")
-    return pd.concat([boxes["file"], label, numbers], axis=1)
+    labels = [_SPELLINGS.get(label, label) for label in boxes["label"]]
+    for label, text in zip(labels, boxes["label"], strict=True):
+        if label not in CLASSES:
+            raise InputError(f"{path}: {text!r} is not one of the 14 findings")
+    numbers = np.array([[_number_or_nan(text) for text in boxes[name]] for name in "xywh"])
+    bad = np.isnan(numbers).any(axis=0)
+    if bad.any():
+        raise InputError(f"{path}: row {_line(int(bad.argmax()))} is not a box of four numbers")
+    import pandas as pd
+
+    return pd.DataFrame({"file": boxes["file"], "label": labels, **dict(zip("xywh", numbers, strict=True))})
 
 
 def _read_text(path: Path) -> str:
@@ -253,7 +283,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return [name.strip() for name in header], rows
 
 
-def _cells(path: Path, header: list[str], rows: list[list[str]], columns: dict[str, int]) -> pd.DataFrame:
+def _cells(path: Path, header: list[str], rows: list[list[str]], columns: dict[str, int]) -> dict[str, list[str]]:
     """The named columns (name -> position) as stripped text; a row that does not fit the header is an InputError."""
     # The headers of 2017 name an empty last column that the rows may or may not have; a spare comma is harmless.
     width = len([name for name in header if name])
@@ -261,7 +291,7 @@ def _cells(path: Path, header: list[str], rows: list[list[str]], columns: dict[s
         if len(row) < width or any(row[width:]):
             what = "fewer" if len(row) < width else "more"
             raise InputError(f"{path}: row {number} has {what} fields than the header; the file may be cut off")
-    return pd.DataFrame({name: [row[i].strip() for row in rows] for name, i in columns.items()}, dtype=str)
+    return {name: [row[i].strip() for row in rows] for name, i in columns.items()}
 
 
 def _match_columns(path: Path, header: list[str]) -> dict[str, int]:
@@ -286,80 +316,82 @@ def _match_columns(path: Path, header: list[str]) -> dict[str, int]:
     return matched
 
 
-def _generation(header: list[str], age: pd.Series) -> str:
+def _generation(header: list[str], ages: list[str]) -> str:
     if "OriginalImageWidth" in header:
         return "kaggle-sample"
-    if age.str[-1:].str.isalpha().any():
+    if any(age[-1:].isalpha() for age in ages):
         return "2017-09"
     # The first two releases end their header in a comma; v2020 does not.
     return "2017-11" if header[-1] == "" else "v2020"
 
 
-def _row(where: pd.Series) -> int:
-    """Line number in the file of the first true row, as an editor counts."""
-    return int(np.flatnonzero(where.to_numpy())[0]) + 2
+def _line(row: int) -> int:
+    """A row's line in the file, as an editor counts."""
+    return row + 2
 
 
-def _read_patients(path: Path, raw: pd.Series, file: pd.Series) -> pd.Series:
-    number = raw.str.fullmatch(r"\d{1,18}")
-    if not number.all():
-        row = _row(~number)
-        raise InputError(f"{path}: row {row} has the patient id {raw.iloc[row - 2]!r}, which is not a number")
-    patient = raw.astype(np.int64)
+def _number_or_nan(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.nan
+
+
+def _read_patients(path: Path, raw: list[str], files: list[str]) -> np.ndarray:
+    """int64 (N,)."""
+    for row, text in enumerate(raw):
+        if not _PATIENT.fullmatch(text):
+            raise InputError(f"{path}: row {_line(row)} has the patient id {text!r}, which is not a number")
+    patients = [int(text) for text in raw]
     # NIH's file names begin with the patient's id. A CSV that contradicts them lets patients leak across a split.
-    named = file.str.extract(_NIH_NAME.pattern + "$", expand=False)
-    wrong = named.notna() & (named.fillna("0").astype(np.int64) != patient)
-    if wrong.any():
-        row = _row(wrong)
+    named = [_NIH_NAME.search(file) for file in files]
+    wrong = [row for row, name in enumerate(named) if name and int(name[1]) != patients[row]]
+    if wrong:
+        row = wrong[0]
         raise InputError(
-            f"{path}: row {row} says that {file.iloc[row - 2]} is of patient {patient.iloc[row - 2]}, "
-            f"its name says {int(named.iloc[row - 2])} ({int(wrong.sum())} such rows)"
+            f"{path}: row {_line(row)} says that {files[row]} is of patient {patients[row]}, "
+            f"its name says {int(named[row][1])} ({len(wrong)} such rows)"  # type: ignore[index]
         )
-    return patient
+    return np.array(patients, np.int64)
 
 
-def _read_labels(path: Path, raw: pd.Series) -> tuple[pd.DataFrame, int]:
-    """The 14 label columns, and how many rows were spelled otherwise."""
-    codes, texts = pd.factorize(raw)
-    values = np.zeros((len(texts), len(CLASSES)), np.float32)
-    respelled = np.zeros(len(texts), bool)
-    for i, text in enumerate(texts):
+def _read_labels(path: Path, raw: list[str]) -> tuple[np.ndarray, int]:
+    """The labels, float32 (N, 14), and how many rows were spelled otherwise."""
+    values: dict[str, np.ndarray] = {}
+    respelled = set[str]()
+    for text in dict.fromkeys(raw):
+        values[text] = np.full(len(CLASSES), np.nan if text == "" else 0, np.float32)
         if text == "":
-            values[i] = np.nan
             continue
         spelled = [label.strip() for label in text.split("|")]
         names = [_SPELLINGS.get(label, label) for label in spelled]
-        respelled[i] = names != spelled
+        if names != spelled:
+            respelled.add(text)
         for name in names:
             if name != NO_FINDING and name not in CLASSES:
-                raise InputError(f"{path}: row {_row(raw == text)} has the label {name!r}, not one of the 14 findings")
+                row = _line(raw.index(text))
+                raise InputError(f"{path}: row {row} has the label {name!r}, not one of the 14 findings")
         if NO_FINDING in names and len(names) > 1:
-            raise InputError(f"{path}: row {_row(raw == text)} has {NO_FINDING!r} beside a finding ({text})")
+            raise InputError(f"{path}: row {_line(raw.index(text))} has {NO_FINDING!r} beside a finding ({text})")
         if names != [NO_FINDING]:
-            values[i, [CLASSES.index(name) for name in names]] = 1
-    return pd.DataFrame(values[codes], index=raw.index, columns=list(CLASSES)), int(respelled[codes].sum())
+            values[text][[CLASSES.index(name) for name in names]] = 1
+    return np.array([values[text] for text in raw]), sum(text in respelled for text in raw)
 
 
-def _read_ages(raw: pd.Series) -> tuple[pd.Series, dict[int, str]]:
-    """Ages in years, and row -> repair."""
-    codes, texts = pd.factorize(raw)
-    years = np.full(len(texts), np.nan)
-    bad: dict[int, str] = {}
-    for i, text in enumerate(texts):
-        if text == "":
-            continue
+def _read_ages(raw: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """Ages in years, float64 (N,), and row -> repair."""
+    years: dict[str, float] = {}
+    for text in set(raw):
         match = _AGE.fullmatch(text)
         value = float(match[1]) * _YEARS_PER_UNIT[match[2].upper()] if match else np.nan
-        if 0 <= value <= MAX_AGE:
-            years[i] = value
-        else:
-            bad[i] = f"age {text[:20]!r} set to missing"
-    rows = np.flatnonzero(np.isin(codes, list(bad)))
-    return pd.Series(years[codes], index=raw.index), {int(row): bad[int(codes[row])] for row in rows}
+        years[text] = value if 0 <= value <= MAX_AGE else np.nan
+    bad = {text for text, value in years.items() if text and np.isnan(value)}
+    repairs = {row: f"age {text[:20]!r} set to missing" for row, text in enumerate(raw) if text in bad}
+    return np.array([years[text] for text in raw]), repairs
 
 
-def _read_codes(raw: pd.Series, meaning: dict[str, str], what: str) -> tuple[pd.Series, dict[int, str]]:
+def _read_codes(raw: list[str], meaning: dict[str, str], what: str) -> tuple[list[str], dict[int, str]]:
     """A column of short codes; one that has no meaning here becomes "" and a repair, an empty one only ""."""
-    values = raw.str.upper().map(meaning).fillna("")
-    rows = np.flatnonzero(((values == "") & (raw != "")).to_numpy())
-    return values, {int(row): f"{what} {raw.iloc[row][:20]!r} set to missing" for row in rows}
+    codes = [meaning.get(text.upper(), "") for text in raw]
+    bad = [row for row, code in enumerate(codes) if not code and raw[row]]
+    return codes, {row: f"{what} {raw[row][:20]!r} set to missing" for row in bad}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import zlib
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,19 +17,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from cxrfast.decode import MAX_SIZE, MIN_SIZE, Code, Decoded, Decoder, Status, pillow
+from cxrfast.decode import MAX_SIZE, MIN_SIZE, Code, Decoded, Decoder, Status
 from cxrfast.decode.backends import choose_decoder
 from cxrfast.errors import InputError
 from cxrfast.files import sha256_of
 from cxrfast.nih import Metadata, read_metadata
 from cxrfast.sources import Source, find_films
-from cxrfast.store import Entry, StoreWriter, is_store
+from cxrfast.store import Entry, StoreWriter, checksum, is_store
 
 _SYNC_SECONDS = 0.5  # between two syncs of what was written; a power cut costs that and the films decoded ahead
 _AHEAD_NBYTES = 128 << 20  # of images decoded ahead: a second of work for a disk that makes the writing wait
@@ -44,7 +43,7 @@ class PrepConfig:
     """Folder with the films, in any of NIH's or Kaggle's layouts; searched recursively."""
     store: tyro.conf.Positional[Path]
     """Folder for the store; made when absent. An unfinished store of the same command is gone on with."""
-    csv: Path | None = None
+    csv: Optional[Path] = None  # noqa: UP045 (tyro understands "|" through typeguard, which takes 30 ms to load)
     """Metadata CSV of any generation (Data_Entry_2017*.csv, sample_labels.csv). Default: the one in SRC."""
     size: int = 224
     """Side of the prepared image in pixels."""
@@ -97,10 +96,8 @@ def prepare(config: PrepConfig) -> dict[str, Any]:
         tqdm.write(f"decoding with {decoder.name}: {why}", file=sys.stderr)
         with decoder:
             _decode_all(plan, config.size, decoder, writer)
-        table = plan.metadata.table.set_index("file", drop=False)
-        accepted = [entry.file for entry in writer.entries if entry.accepted]
         writer.finish(
-            table.loc[accepted].reset_index(drop=True),
+            plan.metadata.columns_of([entry.file for entry in writer.entries if entry.accepted]),
             plan.others,
             {
                 "source": str(config.src.resolve()),
@@ -125,7 +122,7 @@ def make_plan(config: PrepConfig) -> Plan:
     source = find_films(config.src)
     csv = config.csv or _find_csv(source)
     metadata = read_metadata(csv)
-    named = set(metadata.table["file"])
+    named = set(metadata.columns["file"].tolist())
     names = [name for name in source.films if name in named]
     if not names:
         raise InputError(
@@ -225,14 +222,15 @@ def _write(plan: Plan, names: list[str], decoded: Decoded, size: int, writer: St
             entries.append(Entry(name, "rejected", str(status)))
             continue
         repair = plan.metadata.film_repairs.get(name, "")
-        checksum = f"{zlib.crc32(decoded.images[row].data):08x}"
         sums = int(decoded.pixel_sum[row]), int(decoded.pixel_sumsq[row])
-        entries.append(Entry(name, "repaired" if repair else "ok", repair, *sums, checksum))
+        entries.append(Entry(name, "repaired" if repair else "ok", repair, *sums, checksum(decoded.images[row])))
     accepted = np.array([entry.accepted for entry in entries])
     writer.append(entries, decoded.images if accepted.all() else decoded.images[accepted])
 
 
 def _fall_back(path: str, size: int, decoded: Decoded, row: int) -> Status:
+    from cxrfast.decode import pillow  # takes a while to load, and NIH's films do without
+
     status, image = pillow.decode_one(path, size)
     if image is not None:
         decoded.images[row] = image

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,23 +49,20 @@ def find_films(root: Path) -> Source:
     sizes: dict[str, int] = {}
     csvs: list[Path] = []
     archives: list[Path] = []
-    for folder in _folders(root):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            lower = entry.name.lower()
-            if entry.name.startswith(".") or entry.is_dir():
-                continue
-            if os.path.splitext(lower)[1] in FILM_SUFFIXES:
-                if entry.name in films:
-                    raise InputError(
-                        f"two films have the name {entry.name} ({films[entry.name]} and {entry.path}); "
-                        "films are known by their file name: remove one, or give the folder of one copy"
-                    )
-                films[entry.name] = entry.path
-                sizes[entry.name] = _nbytes(entry)
-            elif lower.endswith(".csv"):
-                csvs.append(Path(entry.path))
-            elif lower.endswith(_ARCHIVE_SUFFIXES):
-                archives.append(Path(entry.path))
+    for entry in _files(root):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix in FILM_SUFFIXES:
+            if entry.name in films:
+                raise InputError(
+                    f"two films have the name {entry.name} ({films[entry.name]} and {entry.path}); "
+                    "films are known by their file name: remove one, or give the folder of one copy"
+                )
+            films[entry.name] = entry.path
+            sizes[entry.name] = _nbytes(entry)
+        elif suffix == ".csv":
+            csvs.append(Path(entry.path))
+        elif entry.name.lower().endswith(_ARCHIVE_SUFFIXES):
+            archives.append(Path(entry.path))
     if not films:
         hint = f"; extract {archives[0].name} first" if archives else ""
         raise InputError(f"{root} holds no film (no {', '.join(sorted(FILM_SUFFIXES))} file){hint}")
@@ -80,15 +78,21 @@ def _nbytes(entry: os.DirEntry[str]) -> int:
         return -1
 
 
-def _folders(root: Path) -> list[str]:
-    """Every folder below ``root`` in a fixed order; a cycle of links is entered once."""
-    found, visited = [], set[str]()
-    for folder, subfolders, _ in os.walk(root, followlinks=True):
+def _files(root: Path) -> Iterator[os.DirEntry[str]]:
+    """What is not a folder and not hidden, below ``root``, in a fixed order; a cycle of links is entered once."""
+    waiting, visited = [str(root)], set[str]()
+    while waiting:
+        folder = waiting.pop()
         real = os.path.realpath(folder)
         if real in visited:
-            subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found.append(folder)
-    return found
+        with os.scandir(folder) as entries:
+            ordered = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+        subfolders = []
+        for entry in ordered:
+            if entry.is_dir():
+                subfolders.append(entry.path)
+            else:
+                yield entry
+        waiting += reversed(subfolders)

@@ -17,21 +17,33 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import pandas as pd
 
 from cxrfast.errors import InputError
 from cxrfast.files import sha256_of, sync_folder, write_atomic, write_json
 from cxrfast.nih import CLASSES
 
+try:
+    from cxrfast._png import crc32  # zlib's, six times as fast
+except ImportError:
+    from zlib import crc32
+
+if TYPE_CHECKING:  # loaded by those who read a store; writing one does without
+    import pandas as pd
+
 FORMAT = 1
+_IMAGE_COLUMNS = (
+    "pixel_sum",  # sum of the image's pixels
+    "pixel_sumsq",  # sum of their squares
+    "crc32",  # of the image's S*S bytes, 8 hex digits
+)
 INDEX_COLUMNS = (
     "file",  # film's file name
     "patient",  # integer id
@@ -40,9 +52,7 @@ INDEX_COLUMNS = (
     "view",  # PA, AP or empty = unknown
     "follow_up",  # number of the visit; empty = unknown
     *CLASSES,  # 1, 0, empty = unknown
-    "pixel_sum",  # sum of the image's pixels
-    "pixel_sumsq",  # sum of their squares
-    "crc32",  # of the image's S*S bytes, 8 hex digits
+    *_IMAGE_COLUMNS,
 )
 LEDGER_COLUMNS = ("file", "outcome", "reason")
 OUTCOMES = ("ok", "repaired", "rejected")
@@ -91,6 +101,8 @@ class Store:
 
     def ledger(self) -> pd.DataFrame:
         """The ledger, read anew: columns ``LEDGER_COLUMNS``."""
+        import pandas as pd
+
         return pd.read_csv(self.path / "ledger.csv", dtype=str, keep_default_na=False)
 
 
@@ -146,8 +158,13 @@ def verify_pixels(store: Store) -> None:
         InputError: names the first image whose bytes changed.
     """
     for row, (name, expected) in enumerate(zip(store.index["file"], store.index["crc32"], strict=True)):
-        if f"{zlib.crc32(store.images[row].tobytes()):08x}" != expected:
+        if checksum(store.images[row]) != expected:
             raise InputError(f"{store.path}: the pixels of {name} (row {row}) do not match their checksum")
+
+
+def checksum(image: np.ndarray) -> str:
+    """CRC-32 of an image's bytes (uint8, C-contiguous), as 8 hex digits: the index's column crc32."""
+    return f"{crc32(image.data):08x}"
 
 
 @dataclass(frozen=True)
@@ -251,11 +268,11 @@ class StoreWriter:
         self.entries += self._pending
         self._pending = []
 
-    def finish(self, table: pd.DataFrame, others: list[Entry], manifest: dict[str, Any]) -> None:
+    def finish(self, table: Mapping[str, Any] | pd.DataFrame, others: list[Entry], manifest: dict[str, Any]) -> None:
         """Write index, ledger and, last, the manifest.
 
         Args:
-            table: metadata with the first 20 of ``INDEX_COLUMNS``, one row per accepted entry, in order.
+            table: metadata: the first 20 of ``INDEX_COLUMNS``, each with one value per accepted entry, in order.
             others: entries for films that were never decoded (absent from the disk or from the CSV).
             manifest: what prep knows and the store does not: source, CSV generation, repairs.
         """
@@ -263,11 +280,8 @@ class StoreWriter:
         accepted = [entry for entry in self.entries if entry.accepted]
         if list(table["file"]) != [entry.file for entry in accepted]:
             raise ValueError("table must have one row per accepted film, in the store's order")
-        index = table.assign(
-            pixel_sum=[entry.pixel_sum for entry in accepted],
-            pixel_sumsq=[entry.pixel_sumsq for entry in accepted],
-            crc32=[entry.crc32 for entry in accepted],
-        )[list(INDEX_COLUMNS)]
+        of_images = {name: [getattr(entry, name) for entry in accepted] for name in _IMAGE_COLUMNS}
+        index = {name: of_images[name] if name in of_images else table[name] for name in INDEX_COLUMNS}
         ledger = sorted([*self.entries, *others], key=lambda entry: entry.file)
         self._finish_images(len(accepted))
         known = self._appended == self._expected == len(accepted)  # not so after a resumption, or with a film rejected
@@ -392,29 +406,42 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
     return header
 
 
-def _index_csv(index: pd.DataFrame) -> str:
+def _index_csv(index: Mapping[str, Any]) -> str:
     """Whole numbers without a decimal point, NaN empty, every float with the digits that give it back."""
-    text = index.copy()
-    for name in index.columns[[kind == "f" for kind in (index[column].dtype.kind for column in index)]]:
-        values = index[name]
-        whole = values.isna() | (values == np.floor(values))
-        text[name] = values.astype("Int64") if whole.all() else values.map(_number, na_action="ignore")
-    return str(text.to_csv(index=False, lineterminator="\n"))
+    return _csv(tuple(index), zip(*(_cells(values) for values in index.values()), strict=True))
+
+
+def _cells(values: Any) -> list[Any]:
+    """A column as the CSV has it."""
+    column = np.asarray(values)
+    cells: list[Any] = column.tolist()
+    if column.dtype.kind != "f":
+        return cells
+    written = {value: _number(value) for value in set(cells)}  # few values in many rows
+    return [written[value] for value in cells]
 
 
 def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(float(value))
+    if np.isnan(value):
+        return ""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _ledger_csv(ledger: list[Entry]) -> str:
+    return _csv(LEDGER_COLUMNS, ((entry.file, entry.outcome, entry.reason) for entry in ledger))
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(LEDGER_COLUMNS)
-    rows.writerows((entry.file, entry.outcome, entry.reason) for entry in ledger)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def _read_index(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     text = {name: str for name in ("file", "sex", "view", "crc32")}
     whole = {name: np.int64 for name in ("patient", "pixel_sum", "pixel_sumsq")}
     real = {"age": np.float64, "follow_up": np.float64, **{name: np.float32 for name in CLASSES}}

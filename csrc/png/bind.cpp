@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "png/batch.h"
+#include "png/crc32.h"
 
 namespace py = pybind11;
 
@@ -140,6 +141,10 @@ PYBIND11_MODULE(_png, module) {
            py::arg("max_memory_nbytes"))
       .def("decode_resize", &Pool::decode_resize, py::arg("films"), py::arg("paths"), py::arg("out").noconvert())
       .def("decode", &Pool::decode, py::arg("film"), py::arg("path"));
+  module.def("crc32", [](py::handle data) {
+    const HeldBytes held(data);
+    return cxrfast::png::crc32(0, held.data(), held.nbytes(), cxrfast::png::best_isa());
+  });
   module.def("cpu_isa", [] { return cxrfast::png::isa_name(cxrfast::png::cpu_isa()); });
   module.def("best_isa", [] { return cxrfast::png::isa_name(cxrfast::png::best_isa()); });
 }
