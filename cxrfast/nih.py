@@ -12,9 +12,10 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ _YEARS_PER_UNIT = {
     "D": 1 / 365.25,
 }  # the units of DICOM's AS
 
-_NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png$")
+_NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png")
 _PATIENT = re.compile(r"\d{1,18}")
 
 
@@ -150,11 +151,7 @@ def read_metadata(path: str | Path) -> Metadata:
             the file's name.
     """
     path = Path(path)
-    header, rows = _read_rows(path)
-    raw = _cells(path, header, rows, _match_columns(path, header))
-    if not rows:
-        raise InputError(f"{path} has a header but no rows; give the CSV that came with the films")
-
+    header, raw = _read_columns(path, _match_columns)
     files = raw["file"]
     if "" in files:
         raise InputError(f"{path}: row {_line(files.index(''))} names no file")
@@ -242,11 +239,7 @@ def read_boxes(path: str | Path) -> pd.DataFrame:
         InputError: not readable, not that list, an unknown label, or a box that is not four numbers.
     """
     path = Path(path)
-    header, rows = _read_rows(path)
-    if header[:3] != ["Image Index", "Finding Label", "Bbox [x"]:
-        raise InputError(f"{path} is not a BBox list; its header begins with {', '.join(header[:3])!r}")
-    # The header has nine fields, "Bbox [x,y,w,h]" and three empty ones, over six fields of data.
-    boxes = _cells(path, header, rows, {"file": 0, "label": 1, "x": 2, "y": 3, "w": 4, "h": 5})
+    _, boxes = _read_columns(path, _box_columns)
     labels = [_SPELLINGS.get(label, label) for label in boxes["label"]]
     for label, text in zip(labels, boxes["label"], strict=True):
         if label not in CLASSES:
@@ -273,25 +266,35 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header's stripped names, empty ones included, and the rows that are not blank."""
-    text = _read_text(path)
+def _read_columns(
+    path: Path, positions: Callable[[Path, list[str]], dict[str, int]]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The header's stripped names, empty ones included, and columns of stripped text: our name -> one cell for each row.
+
+    Blank lines are no rows; a row that does not fit the header is an InputError.
+
+    Args:
+        positions: which columns, from path and header: our name -> its position.
+    """
+    rows = (row for row in csv.reader(io.StringIO(_read_text(path)), strict=True) if row)
+    picked = []
     try:
-        header, *rows = (row for row in csv.reader(io.StringIO(text), strict=True) if row)
+        header = [name.strip() for name in next(rows)]
+        columns = positions(path, header)
+        pick = itemgetter(*columns.values())
+        # The headers of 2017 name an empty last column that the rows may or may not have; a spare comma is harmless.
+        width = len([name for name in header if name])
+        for number, row in enumerate(rows, start=2):
+            if len(row) < width or any(row[width:]):
+                what = "fewer" if len(row) < width else "more"
+                raise InputError(f"{path}: row {number} has {what} fields than the header; the file may be cut off")
+            picked.append(pick(row))
     except csv.Error as error:
         raise InputError(f"{path} is not a CSV that can be read ({error})") from None
-    return [name.strip() for name in header], rows
-
-
-def _cells(path: Path, header: list[str], rows: list[list[str]], columns: dict[str, int]) -> dict[str, list[str]]:
-    """The named columns (name -> position) as stripped text; a row that does not fit the header is an InputError."""
-    # The headers of 2017 name an empty last column that the rows may or may not have; a spare comma is harmless.
-    width = len([name for name in header if name])
-    for number, row in enumerate(rows, start=2):
-        if len(row) < width or any(row[width:]):
-            what = "fewer" if len(row) < width else "more"
-            raise InputError(f"{path}: row {number} has {what} fields than the header; the file may be cut off")
-    return {name: [row[i].strip() for row in rows] for name, i in columns.items()}
+    if not picked:
+        raise InputError(f"{path} has a header but no rows; give the file as NIH or Kaggle publish it")
+    cells = zip(*picked, strict=True)
+    return header, {name: [cell.strip() for cell in next(cells)] for name in columns}
 
 
 def _match_columns(path: Path, header: list[str]) -> dict[str, int]:
@@ -314,6 +317,13 @@ def _match_columns(path: Path, header: list[str]) -> dict[str, int]:
     if missing:
         raise InputError(f"{path} lacks the column {', '.join(missing)}; give the CSV as NIH or Kaggle publish it")
     return matched
+
+
+def _box_columns(path: Path, header: list[str]) -> dict[str, int]:
+    if header[:3] != ["Image Index", "Finding Label", "Bbox [x"]:
+        raise InputError(f"{path} is not a BBox list; its header begins with {', '.join(header[:3])!r}")
+    # The header has nine fields, "Bbox [x,y,w,h]" and three empty ones, over six fields of data.
+    return {"file": 0, "label": 1, "x": 2, "y": 3, "w": 4, "h": 5}
 
 
 def _generation(header: list[str], ages: list[str]) -> str:
@@ -344,7 +354,7 @@ def _read_patients(path: Path, raw: list[str], files: list[str]) -> np.ndarray:
             raise InputError(f"{path}: row {_line(row)} has the patient id {text!r}, which is not a number")
     patients = [int(text) for text in raw]
     # NIH's file names begin with the patient's id. A CSV that contradicts them lets patients leak across a split.
-    named = [_NIH_NAME.search(file) for file in files]
+    named = [_NIH_NAME.fullmatch(file) for file in files]
     wrong = [row for row, name in enumerate(named) if name and int(name[1]) != patients[row]]
     if wrong:
         row = wrong[0]
