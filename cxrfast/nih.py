@@ -269,7 +269,7 @@ def _read_text(path: Path) -> str:
 def _read_columns(
     path: Path, positions: Callable[[Path, list[str]], dict[str, int]]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """The header's stripped names, empty ones included, and columns of stripped text: our name -> one cell for each row.
+    """The header's stripped names, empty ones included, and columns of stripped text: our name -> a cell for each row.
 
     Blank lines are no rows; a row that does not fit the header is an InputError.
 

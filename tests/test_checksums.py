@@ -53,6 +53,15 @@ class Checksums:
         assert out.raw == data + b"\x5a" * 64
         return alone
 
+    def crc32_and_move(self, data: bytes, nbytes_back: int) -> int:
+        """The same, copied to a place that begins before the bytes and may reach into them."""
+        pointer, nbytes = self._placed(data, None)
+        assert pointer.value is not None
+        out = pointer.value - nbytes_back
+        moved = self.library.run_crc32_and_copy(ctypes.c_uint32(0), pointer, nbytes, ctypes.c_void_p(out), self.level)
+        assert ctypes.string_at(out, len(data)) == data
+        return moved
+
     def adler32(self, data: bytes, adler: int = 1, start: int | None = None) -> int:
         return self.library.run_adler32(ctypes.c_uint32(adler), *self._placed(data, start), self.level)
 
@@ -89,6 +98,15 @@ def test_every_length_and_start(checksums: Checksums, start: int | None) -> None
             assert checksums.crc32(data, first, start) == zlib.crc32(data, first), nbytes
         for first in (1, adler, 65520 << 16 | 65520):
             assert checksums.adler32(data, first, start) == zlib.adler32(data, first), nbytes
+
+
+@pytest.mark.parametrize("nbytes_back", [8, 20, 32, 56, 63, 64, 65, 300])
+def test_copies_to_a_place_before(checksums: Checksums, nbytes_back: int) -> None:
+    """A payload is joined to the one before it where both are: what is read must not have been written over."""
+    rng = random.Random(2)
+    for nbytes in LENGTHS:
+        data = rng.randbytes(nbytes)
+        assert checksums.crc32_and_move(data, nbytes_back) == zlib.crc32(data), nbytes
 
 
 @pytest.mark.parametrize("fill", [0, 255, None], ids=["zeros", "largest", "random"])

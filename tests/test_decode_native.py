@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -384,9 +385,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("reason", "file"), BROKEN.items(), ids=[reason.strip() for reason in BROKEN])
-def test_reason_and_offset(reason: str, file: bytes) -> None:
-    decoded = cxrfast.decode_resize([file], 16, threads=1)
-    assert str(decoded.statuses[0]) == reason.strip()
+def test_reason_and_offset(reason: str, file: bytes, tmp_path: Path) -> None:
+    (tmp_path / "film.png").write_bytes(file)
+    decoded = cxrfast.decode_resize([file, tmp_path / "film.png"], 16, threads=1)
+    assert [str(status) for status in decoded.statuses] == [reason.strip()] * 2
     assert not decoded.images.any()
     with pytest.raises(InputError, match=r"^(corrupt|unsupported|too_large): "):
         cxrfast.decode(file)
@@ -406,12 +408,15 @@ def test_reason_and_offset(reason: str, file: bytes) -> None:
         ("invalid deflate block", b"\x78\x9c\x07" + STREAM[3:]),
     ],
 )
-def test_broken_streams(isa: str, message: str, stream: bytes) -> None:
-    decoded = cxrfast.decode_resize([with_stream(stream), GOOD], 16, threads=1)
+def test_broken_streams(isa: str, message: str, stream: bytes, tmp_path: Path) -> None:
+    film = with_stream(stream)
+    (tmp_path / "film.png").write_bytes(film)
+    decoded = cxrfast.decode_resize([film, GOOD, tmp_path / "film.png"], 16, threads=1)
     assert decoded.statuses[0].code == Code.CORRUPT
     assert decoded.statuses[0].message.startswith(message)
     assert decoded.statuses[0].offset >= 33
     assert decoded.statuses[1].ok
+    assert decoded.statuses[2] == decoded.statuses[0]
 
 
 def test_what_is_tolerated() -> None:
@@ -425,6 +430,31 @@ def test_what_is_tolerated() -> None:
     assert np.array_equal(cxrfast.decode(empties), expected)
     suggested = join([ihdr(60, 50, 0), (b"PLTE", b"123"), *idats(STREAM), END])
     assert np.array_equal(cxrfast.decode(suggested), expected)
+
+
+@given(lengths=st.lists(st.sampled_from([0, 1, 7, 8, 12, 63, 64, 255, 256, 257, 700]), max_size=30), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_payloads_of_any_length_from_a_file(lengths: list[int], data: st.DataObject) -> None:
+    """A file that the decoder read itself is joined in place. Image, reason and byte are those of a single payload."""
+    rows = filtered_rows(np.random.default_rng(5), 70, 60, 0, 8, 0, noise=data.draw(st.sampled_from([2, 256])))
+    stream = bytearray(zlib.compress(rows))
+    if data.draw(st.booleans()):
+        stream[data.draw(st.integers(0, len(stream) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    ends = [*np.cumsum(lengths, dtype=int), len(stream)]
+    parts = [bytes(stream[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+    film = join([ihdr(70, 60), *[(b"IDAT", part) for part in parts], END])
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        file.write(film)
+        file.flush()
+        whole = join([ihdr(70, 60), (b"IDAT", bytes(stream)), END])
+        decoded = cxrfast.decode_resize([film, file.name, whole], 16, threads=1)
+    joined, in_place, single = decoded.statuses
+    assert joined == in_place and (joined.code, joined.message) == (single.code, single.message)
+    assert np.array_equal(decoded.images[0], decoded.images[1]) and np.array_equal(decoded.images[0], decoded.images[2])
+    if single.offset >= 41:  # 33 + length and name of the first chunk: a byte of the stream
+        at = single.offset - 41
+        where = 41 + at + 12 * next((i for i, end in enumerate(ends) if at < end), 0)
+        assert joined.offset == (where if at < len(stream) else 33 + 12 * len(parts) + len(stream))
 
 
 @pytest.mark.films

@@ -43,7 +43,7 @@ Status read_open_file(int descriptor, const Limits& limits, Buffer* buffer, size
     return {Code::kTooLarge, reason::kMemoryLimit, -1};
   }
   const auto wanted = static_cast<size_t>(info.st_size);
-  if (!buffer->reserve(wanted)) return {Code::kTooLarge, reason::kOutOfMemory, -1};
+  if (!buffer->reserve(wanted + kInflatePad)) return {Code::kTooLarge, reason::kOutOfMemory, -1};
   size_t done = 0;
   while (done < wanted) {  // a file that shrinks meanwhile is judged by what is left of it
     const ssize_t got = read(descriptor, buffer->data() + done, wanted - done);
@@ -135,7 +135,7 @@ FilmJob* Worker::next() {
       break;
     }
     Place& place = *std::find_if(std::begin(places_), std::end(places_), [](const Place& p) { return !p.film; });
-    static_cast<FilmJob&>(place) = {film->file, film->file_nbytes, film->out, 0, 0, {}};
+    static_cast<FilmJob&>(place) = {film->file, film->file_nbytes, nullptr, film->out, 0, 0, {}};
     if (film->path != nullptr) {
       film->status = read_file(film->path, decoder_.limits(), &place.buffer, &place.file_nbytes);
       if (!film->status.ok()) {
@@ -144,7 +144,7 @@ FilmJob* Worker::next() {
         queue_->finish(*work);
         continue;
       }
-      place.file = place.buffer.data();
+      place.file = place.writable_file = place.buffer.data();
     }
     place.film = film;
     place.work = work;

@@ -114,8 +114,8 @@ class Batch {
   std::unique_ptr<State> state_;
 };
 
-// Reads a whole file into `buffer`. ok: file_nbytes_ret bytes at buffer.data(). kTooLarge beyond
-// limits.max_memory_nbytes.
+// Reads a whole file into `buffer`. ok: file_nbytes_ret bytes at buffer.data(), kInflatePad writable ones behind them.
+// kTooLarge beyond limits.max_memory_nbytes.
 Status read_file(const char* path, const Limits& limits, Buffer* buffer, size_t* file_nbytes_ret);
 
 }  // namespace cxrfast::png

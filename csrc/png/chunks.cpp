@@ -235,25 +235,26 @@ Status read_chunks(const uint8_t* file, size_t nbytes, const Limits& limits, Isa
   return {};
 }
 
-Status join_idat(const uint8_t* file, const Chunks& chunks, Isa isa, uint8_t* out) {
+Status join_idat(const uint8_t* file, const Chunks& chunks, Isa isa, uint8_t* out, uint32_t* lengths) {
   size_t offset = chunks.idat_offset;
   for (size_t i = 0; i < chunks.idat_count; ++i) {
     const Chunk chunk{offset, kIdat, big32(file + offset), file + offset + 8};
+    const uint32_t expected = big32(chunk.data + chunk.nbytes);
     const uint32_t crc = crc32_and_copy(crc32(0, chunk.data - 4, 4, isa), chunk.data, chunk.nbytes, out, isa);
-    if (crc != big32(chunk.data + chunk.nbytes)) return corrupt(reason::kCrcIdat, offset);
+    if (crc != expected) return corrupt(reason::kCrcIdat, offset);
     out += chunk.nbytes;
+    lengths[i] = static_cast<uint32_t>(chunk.nbytes);
     offset = chunk.end();
   }
   return {};
 }
 
-int64_t file_offset_of(const uint8_t* file, const Chunks& chunks, int64_t offset) {
-  size_t at = chunks.idat_offset;
+int64_t file_offset_of(const Chunks& chunks, const uint32_t* lengths, int64_t offset) {
+  auto at = static_cast<int64_t>(chunks.idat_offset);
   for (size_t i = 0; i < chunks.idat_count; ++i) {
-    const int64_t nbytes = big32(file + at);
-    if (offset < nbytes) return static_cast<int64_t>(at) + 8 + offset;
-    offset -= nbytes;
-    at += kChunkOverhead + static_cast<size_t>(nbytes);
+    if (offset < lengths[i]) return at + 8 + offset;
+    offset -= lengths[i];
+    at += static_cast<int64_t>(kChunkOverhead + lengths[i]);
   }
   return static_cast<int64_t>(chunks.idat_end);
 }

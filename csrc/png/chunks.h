@@ -60,10 +60,11 @@ struct Chunks {
 // ok: the file is complete up to IEND, its sizes are within the limits, and its IDAT bytes could fill the image.
 Status read_chunks(const uint8_t* file, size_t nbytes, const Limits& limits, Isa isa, Chunks* chunks_ret);
 
-// Copies the IDAT payloads one behind the other to `out` (idat_nbytes bytes), checking each CRC-32.
-Status join_idat(const uint8_t* file, const Chunks& chunks, Isa isa, uint8_t* out);
+// Copies the IDAT payloads one behind the other to `out` (idat_nbytes bytes), checking each CRC-32, and the length of
+// each to `lengths` (idat_count). `out` may be file + idat_offset, if the file may be written over.
+Status join_idat(const uint8_t* file, const Chunks& chunks, Isa isa, uint8_t* out, uint32_t* lengths);
 
 // The file offset of byte `offset` of the joined payloads.
-int64_t file_offset_of(const uint8_t* file, const Chunks& chunks, int64_t offset);
+int64_t file_offset_of(const Chunks& chunks, const uint32_t* lengths, int64_t offset);
 
 }  // namespace cxrfast::png

@@ -160,8 +160,9 @@ uint32_t update_vpclmul(uint32_t state, const uint8_t* data, size_t nbytes, uint
   uint8_t folded[64];
   const size_t whole = nbytes / 64 * 64;
   fold_vpclmul<kCopies>(state, data, whole, out, folded);
-  if constexpr (kCopies) std::memcpy(out + whole, data + whole, nbytes - whole);
-  return update_tables(update_pclmul(0, folded, sizeof folded), data + whole, nbytes - whole);
+  state = update_tables(update_pclmul(0, folded, sizeof folded), data + whole, nbytes - whole);
+  if constexpr (kCopies) std::memmove(out + whole, data + whole, nbytes - whole);
+  return state;
 }
 
 #endif
@@ -182,7 +183,7 @@ uint32_t crc32_and_copy(uint32_t crc, const uint8_t* data, size_t nbytes, uint8_
   if (isa == Isa::kAvx512 && nbytes >= kFoldedFrom) return ~update_vpclmul<true>(~crc, data, nbytes, out);
 #endif
   crc = crc32(crc, data, nbytes, isa);
-  std::memcpy(out, data, nbytes);  // behind the CRC: the bytes are in the cache now
+  std::memmove(out, data, nbytes);  // behind the CRC: the bytes are in the cache now
   return crc;
 }
 

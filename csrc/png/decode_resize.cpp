@@ -33,9 +33,10 @@ uint64_t pixels_of(const Header& header) { return uint64_t{header.width} * heade
 
 // The memory that a film takes at most, in bytes, its file included. size 0: not resized. Fits: sides and pixels are
 // within their limits.
-uint64_t memory_of(size_t file_nbytes, const Chunks& chunks, uint32_t size) {
+uint64_t memory_of(size_t file_nbytes, bool joined_in_place, const Chunks& chunks, uint32_t size) {
   const Header& header = chunks.header;
-  uint64_t nbytes = file_nbytes + chunks.idat_nbytes + header.filtered_nbytes() + 3 * kPad;
+  uint64_t nbytes = file_nbytes + header.filtered_nbytes() + chunks.idat_count * sizeof(uint32_t) + 3 * kPad;
+  if (!joined_in_place) nbytes += chunks.idat_nbytes;
   if (!is_grey8(header)) nbytes += pixels_of(header) + header.height;
   nbytes += size > 0 ? resample_nbytes(header.width, header.height, size) : unfilter_nbytes(header.width);
   return nbytes;
@@ -82,7 +83,8 @@ struct FilmDecoder::Film {
   InflateJob stream;
   std::shared_ptr<const Resampler> resampler;  // shared: the decoder may forget it while the film is under way
 
-  Buffer idat;       // the payloads, joined
+  Buffer idat;       // the payloads, joined, where the file must stay as it is
+  Buffer lengths;    // of each payload, uint32_t
   Buffer rows;       // filtered rows: all of them, or inflate's window
   Buffer grey;       // the plane of a film that has several, or its grey image
   Buffer line;       // one row of a pass
@@ -92,33 +94,38 @@ struct FilmDecoder::Film {
   bool reserve(bool needs_grey, size_t segment_nbytes) {
     const Header& header = chunks.header;
     const size_t all_nbytes = static_cast<size_t>(header.filtered_nbytes());
-    if (!idat.reserve(chunks.idat_nbytes + kPad)) return false;
     if (!rows.reserve(segment_nbytes > 0 ? inflate_window_nbytes(segment_nbytes) : all_nbytes + kPad)) return false;
     if (needs_grey && !grey.reserve(static_cast<size_t>(pixels_of(header)) + header.height + kPad)) return false;
     return !header.interlaced || line.reserve(header.width);
   }
 
-  // Joins the payloads and describes the stream. The limits were checked.
-  Status open_stream(const uint8_t* file, bool needs_grey, size_t segment_nbytes, Isa isa) {
-    if (!reserve(needs_grey, segment_nbytes)) return too_large(reason::kOutOfMemory);
+  uint32_t* payload_lengths() { return reinterpret_cast<uint32_t*>(lengths.data()); }
+
+  // Joins the payloads and describes the stream. The limits were checked. writable_file: as in FilmJob.
+  Status open_stream(const uint8_t* file, uint8_t* writable_file, bool needs_grey, size_t segment_nbytes, Isa isa) {
+    if (!reserve(needs_grey, segment_nbytes) || !lengths.reserve(chunks.idat_count * sizeof(uint32_t)) ||
+        (writable_file == nullptr && !idat.reserve(chunks.idat_nbytes + kPad))) {
+      return too_large(reason::kOutOfMemory);
+    }
+    uint8_t* const joined = writable_file != nullptr ? writable_file + chunks.idat_offset : idat.data();
     stream = {};
-    stream.in = idat.data();
+    stream.in = joined;
     stream.in_nbytes = chunks.idat_nbytes;
     stream.out = rows.data();
     stream.out_nbytes = static_cast<size_t>(chunks.header.filtered_nbytes());
     stream.segment_nbytes = segment_nbytes;
-    return join_idat(file, chunks, isa, idat.data());
+    return join_idat(file, chunks, isa, joined, payload_lengths());
   }
 
   // The stream's end, told in offsets of the file.
-  Status stream_status(const uint8_t* file) const {
+  Status stream_status() {
     Status status = stream.status;
-    if (status.offset >= 0) status.offset = file_offset_of(file, chunks, status.offset);
+    if (status.offset >= 0) status.offset = file_offset_of(chunks, payload_lengths(), status.offset);
     return status;
   }
 
   void trim() {
-    for (Buffer* buffer : {&idat, &rows, &grey, &line}) buffer->release_above(kKeptNbytes);
+    for (Buffer* buffer : {&idat, &lengths, &rows, &grey, &line}) buffer->release_above(kKeptNbytes);
     groups.release_above(kKeptNbytes);
   }
 };
@@ -143,14 +150,14 @@ class FilmDecoder::Run final : public InflateFeed {
       Film& film = free_place();
       job->status = read_chunks(job->file, job->file_nbytes, decoder_.limits_, isa_, &film.chunks);
       if (job->status.ok()) {
-        film.memory = memory_of(job->file_nbytes, film.chunks, size_);
+        film.memory = memory_of(job->file_nbytes, job->writable_file != nullptr, film.chunks, size_);
         if (film.memory > decoder_.limits_.max_memory_nbytes) {
           job->status = too_large(reason::kMemoryLimit);
         } else if (memory_ + film.memory > decoder_.limits_.max_memory_nbytes) {
           postponed_ = job;  // until all that is under way has ended
           return nullptr;
         } else {
-          job->status = open(film, job->file);
+          job->status = open(film, *job);
         }
       }
       if (job->status.ok()) {
@@ -178,7 +185,7 @@ class FilmDecoder::Run final : public InflateFeed {
   void finished(InflateJob& stream) override {
     Film& film = film_of(stream);
     FilmJob& job = *film.job;
-    job.status = film.stream_status(job.file);
+    job.status = film.stream_status();
     if (job.status.ok()) to_pixels(film);
     leave(film);
   }
@@ -194,7 +201,7 @@ class FilmDecoder::Run final : public InflateFeed {
                          [&](const Film& candidate) { return &candidate.stream == &stream; });
   }
 
-  Status open(Film& film, const uint8_t* file) {
+  Status open(Film& film, const FilmJob& job) {
     const Header& header = film.chunks.header;
     film.resampler = decoder_.resampler_for(header, size_);
     if (film.resampler == nullptr) return too_large(reason::kOutOfMemory);
@@ -206,7 +213,7 @@ class FilmDecoder::Run final : public InflateFeed {
     if (segment_nbytes > 0 && !film.groups.begin(*film.resampler, decoder_.scratch_, isa_)) {
       return too_large(reason::kOutOfMemory);
     }
-    return film.open_stream(file, !is_grey8(header), segment_nbytes, isa_);
+    return film.open_stream(job.file, job.writable_file, !is_grey8(header), segment_nbytes, isa_);
   }
 
   void to_pixels(Film& film) {
@@ -280,16 +287,16 @@ void FilmDecoder::decode_resize(FilmJob* jobs, size_t count, uint32_t size, Isa 
 }
 
 Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* grey, Isa isa) {
-  if (memory_of(0, chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
+  if (memory_of(0, false, chunks, 0) > limits_.max_memory_nbytes) return too_large(reason::kMemoryLimit);
   clear_upper_halves();
   Film& film = films_[0];
   film.chunks = chunks;
   const Header& header = chunks.header;
   const bool may_extract = !is_grey8(header) && may_be_one_plane(header);
-  Status status = film.open_stream(file, may_extract, 0, isa);
+  Status status = film.open_stream(file, nullptr, may_extract, 0, isa);
   if (status.ok()) {
     inflate_zlib(&film.stream, 1, isa);
-    status = film.stream_status(file);
+    status = film.stream_status();
   }
   if (status.ok()) {
     const uint8_t* plane = nullptr;

@@ -34,6 +34,9 @@ constexpr uint32_t kMinSize = 8, kMaxSize = 1024;  // side of a prepared image, 
 struct FilmJob {
   const uint8_t* file = nullptr;  // the PNG file; needs no padding; may be null when file_nbytes is 0
   size_t file_nbytes = 0;
+  // nullptr, or the file again, if it and kInflatePad bytes behind it may be written over: then its payloads are joined
+  // where they are, and leave more of the second-level cache to the rest of the work.
+  uint8_t* writable_file = nullptr;
   uint8_t* out = nullptr;  // size * size bytes, row by row; all zeros when status is not ok
   int64_t sum = 0;         // of the image's pixels; 0 when status is not ok
   int64_t sumsq = 0;       // of their squares

@@ -130,6 +130,7 @@ const std::vector<uint8_t>& neighbour() {
 }
 
 Guarded* file_memory;
+Guarded* own_memory;
 Guarded* image_memory[4];
 Guarded* grey_memory;
 
@@ -137,6 +138,7 @@ Guarded* grey_memory;
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
   file_memory = new Guarded(kMaxFile);
+  own_memory = new Guarded(kMaxFile + kInflatePad);
   for (Guarded*& memory : image_memory) memory = new Guarded(64 * 64);
   grey_memory = new Guarded(kLimits.max_pixels);
   return 0;
@@ -188,6 +190,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
     jobs[i].file_nbytes = i == stranger ? neighbour().size() : nbytes;
     jobs[i].out = image_memory[i]->before_guard(image_nbytes);
     std::memset(jobs[i].out, 0xEE, image_nbytes);
+  }
+  const size_t writable = turn / 32 % 4;
+  if (writable != stranger) {
+    uint8_t* const own = own_memory->before_guard(nbytes + kInflatePad);
+    std::copy_n(data, nbytes, own);
+    jobs[writable].file = jobs[writable].writable_file = own;
   }
   decoder.decode_resize(jobs, 4, size, static_cast<Isa>(turn % (static_cast<uint32_t>(cpu_isa()) + 1)));
   for (size_t i = 0; i < 4; ++i) {
