@@ -7,7 +7,6 @@ one JSON object. Exit codes: 0 done; 1 done, but --strict found something; 2 wro
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +33,6 @@ def run(
 
     Returns the exit code; every expected failure becomes one sentence on stderr.
     """
-    gc.freeze()  # what was imported stays until the end: no collection need look at it
     try:
         options = tyro.cli(options_type, prog=prog, description=description, args=argv)
     except SystemExit as stop:  # tyro has printed the usage; --help exits with 0

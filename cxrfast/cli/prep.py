@@ -8,6 +8,7 @@ on where it stopped when the same command is repeated.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from cxrfast.cli.common import run
 from cxrfast.prep import PrepConfig, prepare
+
+gc.freeze()  # what was imported stays to the end: no collection need look at it
 
 
 def command(options: PrepConfig) -> tuple[int, dict[str, Any]]:
