@@ -277,13 +277,20 @@ def test_far_and_near_copies(driver: Driver) -> None:
 def test_after_near_copies(driver: Driver) -> None:
     """Streams full of copies that overlap themselves change how steps are taken, also for their neighbours."""
     rng = random.Random(8)
-    data = bytearray(rng.randbytes(20))
-    while len(data) < 100_000:  # some thousand steps
-        distance = rng.randrange(1, 18)
-        for _ in range(rng.choice([3, 4, 5, 8, 15, 16, 17, 18, 33])):
-            data.append(data[-distance])
-        data.append(rng.randrange(256))
-    near = Job(compress(bytes(data), 9), len(data))
+
+    def job_of_copies(distances: range) -> Job:
+        data = bytearray(rng.randbytes(distances.stop))
+        while len(data) < 100_000:  # some thousand steps
+            distance = rng.choice(distances)
+            for _ in range(rng.choice([3, 4, 5, 8, 15, 16, 17, 18, 33])):
+                data.append(data[-distance])
+            data.append(rng.randrange(256))
+        return Job(compress(bytes(data), 9), len(data))
+
+    near, far = job_of_copies(range(1, 18)), job_of_copies(range(40, 3000))
+    driver.left_to_careful = 0
+    driver.check(*([*places] for places in itertools.product([near, far], repeat=3)))
+    assert driver.left_to_careful == 0
     jobs = [random_job(rng) for _ in range(12)] + [stream_of_random_codes(rng, 0.6, 400) for _ in range(6)]
     driver.left_to_careful = 0
     driver.check([near, near, near], *([near, near, *jobs[at : at + 2]] for at in range(0, len(jobs), 2)))

@@ -19,9 +19,9 @@
 //
 // Note [near distances]
 // A copy that overlaps itself is rare in films of one byte a pixel, and a branch. Where it is not rare (pixels of
-// several bytes: each third repetition in NIH's RGBA files) nobody could predict that branch. So there is a second
-// text, in which every copy is a permutation of what was loaded, the same bytes unless the distance is near. Habit
-// chooses.
+// several bytes: each third repetition in NIH's RGBA files) nobody could predict that branch. So a stream's part has a
+// second form, in which every copy is a permutation of what was loaded, the same bytes unless the distance is near.
+// Each stream has a Habit that chooses, and each choice a text of its own.
 //
 // The text is macros of the assembler, for the numbers and registers of one stream.
 // Registers: rdi the lanes, kIndexBits into them, which makes its lowest byte what BZHI takes to find an index
@@ -46,7 +46,7 @@ constexpr Repeats kRepeats = [] {
 }();
 
 // Whether near distances are common, as far as some dozens of steps can tell; looked at again now and then. The second
-// text takes an eighth longer, a near distance in the first one as long as two steps: so it pays from one in 16 on.
+// form takes an eighth longer, a near distance in the first one as long as two steps: so it pays from one in 16 on.
 struct Habit {
   bool expects_near = false;
   uint64_t steps = 0, near = 0;
@@ -72,8 +72,9 @@ struct alignas(256) Lanes {
   uint64_t why, stream, minus_length;
   // Scratch.
   uint64_t rbp, distance_bits, source;
-  uint64_t near = 0;  // copies that overlapped themselves, as far as they were branches
-  Habit habit;
+  // Of each stream: copies that overlapped themselves, as far as they were branches.
+  uint64_t near[kInflateStreams] = {};
+  Habit habits[kInflateStreams];
 };
 static_assert(offsetof(Repeats, of) == 16 && offsetof(Lanes, near) == offsetof(Lanes, source) + 8,
               "written into the text");
@@ -84,7 +85,8 @@ static_assert(offsetof(Repeats, of) == 16 && offsetof(Lanes, near) == offsetof(L
 // first part), 4 length above kMaxCopy, 5 copied, 6 source before the start, 7 stop for a match, 9 distance's entry
 // found, 3 long tables of the distance, 92 none there; 93 to 96 a length above kMaxCopy is looked up again and copied;
 // 97 and 98 a repetition.
-template <int K, bool kExpectsNear>
+// kNear: bit k says that stream k expects near distances.
+template <int K, unsigned kNear>
 [[gnu::noinline]] Stopped take_steps(Lanes& lanes, uint64_t steps) {
   static_assert(K <= 3 && static_cast<int>(Stop::kSteps) == 0 && static_cast<int>(Stop::kSymbol) == 1 &&
                     static_cast<int>(Stop::kMatch) == 2,
@@ -151,7 +153,7 @@ template <int K, bool kExpectsNear>
     shrx %%rdx, %%\L, %%\L
     addq %%rdx, %%\P
     addl \k*%c[size]+%c[distances](%%rdi,%%rbp,8), %%ecx
-  .if %c[near]
+  .if (%c[near] >> \k) & 1
     movq %%rdx, %c[distance_bits](%%rdi)
     movl %%ecx, %%edx
     sarl $31, %%edx
@@ -168,7 +170,7 @@ template <int K, bool kExpectsNear>
     cmpq $-1, %%rbp
     je 4\k\()f
     vmovdqu (%%rcx), %%xmm0
-  .if %c[near]
+  .if (%c[near] >> \k) & 1
     vpshufb %c[repeats]-16(%%rdi,%%rdx), %%xmm0, %%xmm0
   .endif
     vmovdqu %%xmm0, (%%\O)
@@ -208,7 +210,7 @@ template <int K, bool kExpectsNear>
   6\k:
     testq %%rbp, %%rbp
     jz 5\k\()b
-  .ifeq %c[near]
+  .ifeq (%c[near] >> \k) & 1
     movq %%rdx, %c[distance_bits](%%rdi)
   .endif
     movq %%\O, %%rdx
@@ -235,7 +237,7 @@ template <int K, bool kExpectsNear>
     sarq $11, %%rbp
     jmp 92\k\()b
   4\k:
-  .if %c[near]
+  .if (%c[near] >> \k) & 1
     testl %%edx, %%edx
     jz 93\k\()f
     addq $-0x80000000, %%rcx # before the start again
@@ -297,7 +299,7 @@ template <int K, bool kExpectsNear>
     jz 7\k\()f
     cmpl %[copy], %%eax
     ja 7\k\()f
-    addq $1, %c[source]+8(%%rdi)
+    addq $1, 8*\k+%c[source]+8(%%rdi)
     movq %%\O, %%rcx
     subq %%rax, %%rcx
     cmpq \k*%c[size]+%c[begin](%%rdi), %%rcx
@@ -416,17 +418,24 @@ template <int K, bool kExpectsNear>
         [stream] "i"(offsetof(Lanes, stream) - kBase), [minus_length] "i"(offsetof(Lanes, minus_length) - kBase),
         [rbp] "i"(offsetof(Lanes, rbp) - kBase), [distance_bits] "i"(offsetof(Lanes, distance_bits) - kBase),
         [source] "i"(offsetof(Lanes, source) - kBase), [no_long] "i"(offsetof(Lanes, no_long) - kBase),
-        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kExpectsNear ? 1 : 0),
-        [true_distance] "i"(kAbsurdDistance - 1), [copy] "i"(kMaxCopy)
+        [long_distance_bits] "i"(kLongDistanceBits), [near] "i"(kNear), [true_distance] "i"(kAbsurdDistance - 1),
+        [copy] "i"(kMaxCopy)
       : "rax", "rbx", "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "cc",
         "memory");
   return {static_cast<Stop>(lanes.why), static_cast<int>(lanes.stream), 0 - lanes.minus_length};
 }
 
+template <int K, unsigned... kNear>
+Stopped take_steps(Lanes& lanes, uint64_t steps, std::integer_sequence<unsigned, kNear...>) {
+  static constexpr Stopped (*kTexts[])(Lanes&, uint64_t) = {take_steps<K, kNear>...};
+  unsigned near = 0;
+  for (int k = 0; k < K; ++k) near |= unsigned{lanes.habits[k].expects_near} << k;
+  const Stopped stopped = kTexts[near](lanes, steps);
+  for (int k = 0; k < K; ++k) lanes.habits[k].note(steps - lanes.steps, std::exchange(lanes.near[k], 0));
+  return stopped;
+}
+
 template <int K>
 Stopped take_steps(Lanes& lanes, uint64_t steps) {
-  const bool expects_near = lanes.habit.expects_near;
-  const Stopped stopped = expects_near ? take_steps<K, true>(lanes, steps) : take_steps<K, false>(lanes, steps);
-  lanes.habit.note((steps - lanes.steps) * K, std::exchange(lanes.near, 0));
-  return stopped;
+  return take_steps<K>(lanes, steps, std::make_integer_sequence<unsigned, 1 << K>());
 }
