@@ -43,13 +43,14 @@ class SegmentFeed final : public InflateFeed {
     }
   }
   InflateJob* next() override { return next_ == jobs_.size() ? nullptr : &jobs_[next_++]; }
-  void segment(InflateJob& job, const uint8_t* begin, size_t nbytes) override {
+  bool segment(InflateJob& job, const uint8_t* begin, size_t nbytes) override {
     std::vector<uint8_t>& out = outs_[static_cast<size_t>(&job - jobs_.data())];
     const bool is_last = out.size() + nbytes == job.out_nbytes;
     if (nbytes == 0 || (nbytes != job.segment_nbytes && !(is_last && nbytes < job.segment_nbytes))) std::exit(4);
     volatile uint8_t behind = begin[nbytes + kInflatePad - 1];  // readable
     (void)behind;
     out.insert(out.end(), begin, begin + nbytes);
+    return true;
   }
   bool whole(InflateJob& job) override {
     outs_[static_cast<size_t>(&job - jobs_.data())].clear();

@@ -109,16 +109,38 @@ def test_every_kind(isa: str, color: int, depth: int, interlace: int) -> None:
 
 @pytest.mark.parametrize(("color", "depth"), [(2, 8), (2, 16), (6, 8), (6, 16)])
 def test_grey_in_colour_files(isa: str, color: int, depth: int) -> None:
-    """NIH's RGBA films: R = G = B, so one plane is the image. One pixel of colour must end that."""
+    """NIH's RGBA films: R = G = B, so one plane is the image. One pixel of colour must end that, in the last of the
+    rows that are taken a few at a time as in the first.
+    """
     rng = np.random.default_rng([color, depth])
     files = []
-    for width, height in [(1, 1), (17, 40), (129, 64)]:
+    for width, height in [(1, 1), (17, 40), (129, 64), (250, 400)]:
         rows = filtered_rows(rng, width, height, color, depth, 0, equal_channels=True)
         files.append(join([ihdr(width, height, color, depth), *idats(zlib.compress(rows)), (b"IEND", b"")]))
-        coloured = bytearray(rows)
-        coloured[-2 * (depth // 8) * (2 if color == 6 else 1)] ^= 64  # high byte of the last pixel's G or B
-        files.append(join([ihdr(width, height, color, depth), *idats(zlib.compress(bytes(coloured))), (b"IEND", b"")]))
+        row_nbytes, back = len(rows) // height, 2 * (depth // 8) * (2 if color == 6 else 1)
+        for row in {0, height // 2, height - 1}:
+            coloured = bytearray(rows)
+            coloured[(row + 1) * row_nbytes - back] ^= 64  # high byte of the row's last pixel's G or B
+            stream = zlib.compress(bytes(coloured))
+            files.append(join([ihdr(width, height, color, depth), *idats(stream), (b"IEND", b"")]))
     assert_equal_to_pillow(files, [8, 32])
+
+
+@pytest.mark.parametrize(("color", "depth"), [(0, 16), (4, 8), (4, 16), (2, 8), (6, 8), (6, 16)])
+@pytest.mark.parametrize("where", ["filter", "checksum"])
+def test_faults_in_films_of_several_planes(isa: str, color: int, depth: int, where: str) -> None:
+    """They are taken a few rows at a time, too: what was taken before the fault leaves no trace."""
+    rng = np.random.default_rng([color, depth])
+    rows = bytearray(filtered_rows(rng, 300, 500, color, depth, 0, equal_channels=True))
+    good = zlib.compress(bytes(rows))
+    rows[len(rows) // 500 * 450] = 9
+    bad = zlib.compress(bytes(rows)) if where == "filter" else good[:-4] + b"oops"
+    files = [join([ihdr(300, 500, color, depth), *idats(stream), END]) for stream in (bad, good)]
+    decoded = cxrfast.decode_resize(files, 64, threads=1)
+    assert [status.code for status in decoded.statuses] == [Code.CORRUPT, Code.OK]
+    assert decoded.statuses[0].message == ("bad row filter" if where == "filter" else "Adler-32 mismatch")
+    assert not decoded.images[0].any()
+    assert np.array_equal(decoded.images[1], prepared(pillow.decode(files[1])[1], 64))
 
 
 @pytest.mark.parametrize("filters", [(0,), (1,), (2,), (3,), (4,), (3, 4), (0, 1, 2, 3, 4)], ids=str)

@@ -68,10 +68,18 @@ Status rows_to_grey(const Chunks& chunks, uint8_t* rows, uint8_t* line, uint8_t*
   return {};
 }
 
-// Filtered rows of an 8-bit grey film that go from inflate to the pixels at a time, in bytes.
+// The film's grey image is one plane of its bytes, or is likely to be.
+bool expects_plane(const Header& header) { return !is_grey8(header) && may_be_one_plane(header); }
+
+// Filtered rows that go from inflate to the pixels at a time, in bytes: groups of an 8-bit grey film, the power of two
+// of another film's rows that is nearest to as much.
 size_t segment_nbytes_of(const Header& header, Isa isa) {
-  const size_t group = RowGroups::group_rows(isa) * (size_t{header.width} + 1);
-  return group * ((kLeastSegmentNbytes + group - 1) / group);
+  const size_t row_nbytes = 1 + header.row_nbytes(header.width), group_rows = RowGroups::group_rows(isa);
+  const size_t group = group_rows * row_nbytes;
+  if (is_grey8(header)) return group * ((kLeastSegmentNbytes + group - 1) / group);
+  size_t rows = group_rows;
+  while (rows > 1 && rows * row_nbytes >= 2 * kLeastSegmentNbytes) rows /= 2;
+  return rows * row_nbytes;
 }
 
 }  // namespace
@@ -86,16 +94,18 @@ struct FilmDecoder::Film {
   Buffer idat;       // the payloads, joined, where the file must stay as it is
   Buffer lengths;    // of each payload, uint32_t
   Buffer rows;       // filtered rows: all of them, or inflate's window
-  Buffer grey;       // the plane of a film that has several, or its grey image
+  Buffer grey;       // the plane of a film that has several, all of it or a group's rows; or its grey image
   Buffer line;       // one row of a pass
   RowGroups groups;  // where rows go
+  size_t plane_rows = 0, group_rows = 0;  // of a plane by segments: in `grey`, and how many there can be
 
   // segment_nbytes: 0 where the rows are wanted as a whole.
   bool reserve(bool needs_grey, size_t segment_nbytes) {
     const Header& header = chunks.header;
     const size_t all_nbytes = static_cast<size_t>(header.filtered_nbytes());
+    const size_t grey_rows = segment_nbytes > 0 ? group_rows : header.height;
     if (!rows.reserve(segment_nbytes > 0 ? inflate_window_nbytes(segment_nbytes) : all_nbytes + kPad)) return false;
-    if (needs_grey && !grey.reserve(static_cast<size_t>(pixels_of(header)) + header.height + kPad)) return false;
+    if (needs_grey && !grey.reserve(grey_rows * (size_t{header.width} + 1) + kPad)) return false;
     return !header.interlaced || line.reserve(header.width);
   }
 
@@ -171,14 +181,24 @@ class FilmDecoder::Run final : public InflateFeed {
     return nullptr;
   }
 
-  void segment(InflateJob& stream, const uint8_t* bytes, size_t nbytes) override {
+  bool segment(InflateJob& stream, const uint8_t* bytes, size_t nbytes) override {
     Film& film = film_of(stream);
-    film.groups.add_filtered(bytes, nbytes / (size_t{film.chunks.header.width} + 1));
+    const Header& header = film.chunks.header;
+    const size_t plane_row_nbytes = size_t{header.width} + 1, count = nbytes / (1 + header.row_nbytes(header.width));
+    if (is_grey8(header)) {
+      film.groups.add_filtered(bytes, count);
+      return true;
+    }
+    if (!extract_plane(header, bytes, count, film.grey.data() + film.plane_rows * plane_row_nbytes)) return false;
+    film.plane_rows += count;
+    if (film.plane_rows == film.group_rows) add_plane(film);
+    return true;
   }
 
   bool whole(InflateJob& stream) override {
-    if (!film_of(stream).reserve(false, 0)) return stream.status = too_large(reason::kOutOfMemory), false;
-    stream.out = film_of(stream).rows.data();
+    Film& film = film_of(stream);
+    if (!film.reserve(!is_grey8(film.chunks.header), 0)) return stream.status = too_large(reason::kOutOfMemory), false;
+    stream.out = film.rows.data();
     return true;
   }
 
@@ -206,7 +226,9 @@ class FilmDecoder::Run final : public InflateFeed {
     film.resampler = decoder_.resampler_for(header, size_);
     if (film.resampler == nullptr) return too_large(reason::kOutOfMemory);
     size_t segment_nbytes = 0;
-    if (is_grey8(header) && !film.resampler->vertical_first) {
+    film.plane_rows = 0;
+    film.group_rows = RowGroups::group_rows(isa_);
+    if ((is_grey8(header) || expects_plane(header)) && !film.resampler->vertical_first) {
       segment_nbytes = segment_nbytes_of(header, isa_);
       if (inflate_window_nbytes(segment_nbytes) >= header.filtered_nbytes()) segment_nbytes = 0;
     }
@@ -216,12 +238,16 @@ class FilmDecoder::Run final : public InflateFeed {
     return film.open_stream(job.file, job.writable_file, !is_grey8(header), segment_nbytes, isa_);
   }
 
+  void add_plane(Film& film) { film.groups.add_filtered(film.grey.data(), std::exchange(film.plane_rows, 0)); }
+
   void to_pixels(Film& film) {
     FilmJob& job = *film.job;
     const Header& header = film.chunks.header;
-    const bool is_plane =
-        !is_grey8(header) && may_be_one_plane(header) && extract_plane(header, film.rows.data(), film.grey.data());
-    if (film.stream.segment_nbytes > 0) {
+    const bool by_segments = film.stream.segment_nbytes > 0;
+    const bool is_plane = !by_segments && expects_plane(header) &&
+                          extract_plane(header, film.rows.data(), header.height, film.grey.data());
+    if (by_segments) {
+      if (film.plane_rows > 0) add_plane(film);
       job.status = film.groups.finish(job.out);
       if (job.status.ok()) sum_pixels(job.out, size_t{size_} * size_, &job.sum, &job.sumsq, isa_);
     } else if (is_grey8(header) || is_plane) {
@@ -292,7 +318,7 @@ Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* g
   Film& film = films_[0];
   film.chunks = chunks;
   const Header& header = chunks.header;
-  const bool may_extract = !is_grey8(header) && may_be_one_plane(header);
+  const bool may_extract = expects_plane(header);
   Status status = film.open_stream(file, nullptr, may_extract, 0, isa);
   if (status.ok()) {
     inflate_zlib(&film.stream, 1, isa);
@@ -302,7 +328,7 @@ Status FilmDecoder::decode(const uint8_t* file, const Chunks& chunks, uint8_t* g
     const uint8_t* plane = nullptr;
     if (is_grey8(header)) {
       plane = film.rows.data();
-    } else if (may_extract && extract_plane(header, film.rows.data(), film.grey.data())) {
+    } else if (may_extract && extract_plane(header, film.rows.data(), header.height, film.grey.data())) {
       plane = film.grey.data();
     }
     if (plane != nullptr) {

@@ -25,8 +25,8 @@ void rgb_row(const uint8_t* row, uint32_t columns, uint8_t* grey) {
 // The first byte of every pixel. kSampleNbytes > 0: R, G and B lie that far apart, and their first bytes must agree.
 // Not in one pass with an early exit: the loop over a row stays free of branches, so that it is vectorised.
 template <int kPixelNbytes, int kSampleNbytes>
-bool plane_of(const uint8_t* rows, uint32_t width, uint32_t height, uint8_t* plane) {
-  for (uint32_t y = 0; y < height; ++y) {
+bool plane_of(const uint8_t* rows, uint32_t width, size_t count, uint8_t* plane) {
+  for (size_t y = 0; y < count; ++y) {
     *plane++ = *rows++;
     uint8_t difference = 0;
     for (size_t x = 0; x < width; ++x) {
@@ -84,18 +84,18 @@ bool may_be_one_plane(const Header& header) {
   return !header.interlaced && header.bit_depth >= 8 && header.color_type != ColorType::kPalette;
 }
 
-bool extract_plane(const Header& header, const uint8_t* rows, uint8_t* plane) {
-  const uint32_t width = header.width, height = header.height;
+bool extract_plane(const Header& header, const uint8_t* rows, size_t count, uint8_t* plane) {
+  const uint32_t width = header.width;
   const bool deep = header.bit_depth == 16;
   switch (header.color_type) {
     case ColorType::kGrey:
-      return deep ? plane_of<2, 0>(rows, width, height, plane) : plane_of<1, 0>(rows, width, height, plane);
+      return deep ? plane_of<2, 0>(rows, width, count, plane) : plane_of<1, 0>(rows, width, count, plane);
     case ColorType::kGreyAlpha:
-      return deep ? plane_of<4, 0>(rows, width, height, plane) : plane_of<2, 0>(rows, width, height, plane);
+      return deep ? plane_of<4, 0>(rows, width, count, plane) : plane_of<2, 0>(rows, width, count, plane);
     case ColorType::kRgb:
-      return deep ? plane_of<6, 2>(rows, width, height, plane) : plane_of<3, 1>(rows, width, height, plane);
+      return deep ? plane_of<6, 2>(rows, width, count, plane) : plane_of<3, 1>(rows, width, count, plane);
     case ColorType::kRgba:
-      return deep ? plane_of<8, 2>(rows, width, height, plane) : plane_of<4, 1>(rows, width, height, plane);
+      return deep ? plane_of<8, 2>(rows, width, count, plane) : plane_of<4, 1>(rows, width, count, plane);
     case ColorType::kPalette:
       break;
   }

@@ -28,9 +28,9 @@ bool may_be_one_plane(const Header& header);
 
 // The row filters work on each byte of a pixel apart from the others. So the filtered bytes of a film whose grey image
 // is one of its planes (grey of 8 or 16 bits, with or without alpha; colour that is grey in every pixel) are, taken
-// alone, the filtered rows of an 8-bit grey film. Copies that plane, filter bytes included, to `plane` (height rows of
-// 1 + width bytes). rows: the filtered rows. False, with `plane` undefined, when the film has colour. May only be
-// called where may_be_one_plane(header).
-bool extract_plane(const Header& header, const uint8_t* rows, uint8_t* plane);
+// alone, the filtered rows of an 8-bit grey film. Copies that plane, filter bytes included, to `plane` (count rows of
+// 1 + width bytes). rows: count filtered rows. False, with `plane` undefined, when they have colour. May only be called
+// where may_be_one_plane(header).
+bool extract_plane(const Header& header, const uint8_t* rows, size_t count, uint8_t* plane);
 
 }  // namespace cxrfast::png

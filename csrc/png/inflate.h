@@ -59,10 +59,12 @@ class InflateFeed {
       InflateJob& job) = 0;  // its status is set; in the order in which jobs end, not the order of next()
 
   // For jobs by segments only. The next bytes of the job, kInflatePad readable ones behind them; the checksum is not
-  // yet known, and what follows may turn out to be broken.
-  virtual void segment(InflateJob& job, const uint8_t* bytes, size_t nbytes) { (void)job, (void)bytes, (void)nbytes; }
-  // The careful decoder must look at the stream from its beginning: forget the segments, and give the job an out for
-  // all its bytes. False: it cannot be had, and the job's status says so.
+  // yet known, and what follows may turn out to be broken. False: the job is wanted as a whole after all.
+  virtual bool segment(InflateJob& job, const uint8_t* bytes, size_t nbytes) {
+    return (void)job, (void)bytes, (void)nbytes, true;
+  }
+  // The stream begins once more, for it is wanted as a whole, or the careful decoder must look at it: forget the
+  // segments, and give the job an out for all its bytes. False: it cannot be had, and the job's status says so.
   virtual bool whole(InflateJob& job) { return (void)job, false; }
 
  protected:

@@ -184,7 +184,7 @@ struct CanonicalCode {
   }
 };
 
-enum class Outcome : uint8_t { kContinue, kFinished, kFailed };
+enum class Outcome : uint8_t { kContinue, kFinished, kFailed, kWantedWhole };
 
 // A length's extra bits, by symbol; of a literal 0, of what is neither more than any table holds.
 constexpr auto kExtraBits = [] {
@@ -233,7 +233,8 @@ struct Stream {
   uint8_t* summed;      // up to here the checksum holds
   uint32_t adler;
   bool last_block;
-  Isa isa;  // of the checksum and the tables
+  bool wanted_whole;  // by segments no more
+  Isa isa;            // of the checksum and the tables
   InflateJob* job;
   InflateFeed* feed;
   CanonicalCode literal_code, distance_code;
@@ -276,7 +277,7 @@ struct Stream {
     adler = 1;
     distances[kNeutral] = kNoDistance;
     Entries{moves, texts}.set((size_t{1} << kIndexBits) + kNoLong, {0, 0});
-    last_block = false;
+    last_block = wanted_whole = false;
     return next_block();
   }
 
@@ -287,12 +288,16 @@ struct Stream {
     later_nbytes = left_nbytes - static_cast<size_t>(out_end - out);
   }
 
+  void hand_over(const uint8_t* bytes, size_t nbytes) {
+    wanted_whole = wanted_whole || !feed->segment(*job, bytes, nbytes);
+  }
+
   // Hands over the segments that are complete; the window slides along, so that there is room for a match again.
   void hand_over() {
     while (out >= due) {
       const size_t nbytes = job->segment_nbytes, left_nbytes = later_nbytes + static_cast<size_t>(out_end - out);
       add_to_sum();
-      feed->segment(*job, due - nbytes, nbytes);
+      hand_over(due - nbytes, nbytes);
       std::memmove(job->out, job->out + nbytes, static_cast<size_t>(out - job->out) - nbytes);
       out -= nbytes;
       summed = out;
@@ -305,7 +310,7 @@ struct Stream {
   void hand_over_rest() {
     hand_over();
     const uint8_t* begin = due - job->segment_nbytes;
-    if (job->segment_nbytes > 0 && out > begin) feed->segment(*job, begin, static_cast<size_t>(out - begin));
+    if (job->segment_nbytes > 0 && out > begin) hand_over(begin, static_cast<size_t>(out - begin));
   }
 
   void add_to_sum() {
@@ -910,6 +915,10 @@ int run_until_one_ends(Lanes& lanes, Outcome& outcome_ret) {
     for (int k = 0; k < K; ++k) {
       if (streams[k].out < streams[k].due) continue;
       streams[k].hand_over();
+      if (streams[k].wanted_whole) {
+        outcome_ret = Outcome::kWantedWhole;
+        return k;
+      }
       moved = true;
     }
     if (stopped.why == Stop::kSteps || (moved && steps == 0)) continue;
@@ -937,34 +946,43 @@ int run_until_one_ends(Lanes& lanes, int running, Outcome& outcome_ret, std::ind
 void run_streams(InflateFeed& feed, Isa isa) {
   Lanes lanes;
   Stream* const streams = lanes.streams;
-  const auto end_job = [&feed](InflateJob& job, Outcome outcome) {
+  // What follows when a stream does not continue. True: it does, for it has begun once more.
+  const auto ends = [&](Stream& stream, Outcome outcome) {
+    InflateJob& job = *stream.job;
+    if (outcome == Outcome::kFinished) stream.hand_over_rest();
+    if (outcome != Outcome::kFailed && stream.wanted_whole) {
+      if (!feed.whole(job)) {
+        feed.finished(job);
+        return false;
+      }
+      job.segment_nbytes = 0;
+      outcome = stream.start(job, feed, isa);
+      if (outcome == Outcome::kContinue) return true;
+    }
     if (outcome == Outcome::kFinished) {
       job.status = Status{};
     } else {
       inflate_carefully(feed, job);
     }
     feed.finished(job);
+    return false;
   };
-  // Starts streams[k] with the first job that does not end at once; false where there are no more jobs.
-  const auto start = [&](int k) {
+  // Starts a stream with the first job that does not end at once; false where there are no more jobs.
+  const auto start = [&](Stream& stream) {
     while (InflateJob* job = feed.next()) {
-      const Outcome outcome = streams[k].start(*job, feed, isa);
-      if (outcome == Outcome::kContinue) return true;
-      if (outcome == Outcome::kFinished) streams[k].hand_over_rest();
-      end_job(*job, outcome);
+      const Outcome outcome = stream.start(*job, feed, isa);
+      if (outcome == Outcome::kContinue || ends(stream, outcome)) return true;
     }
     return false;
   };
   bool more = true;
   int running = 0;
-  while (running < kInflateStreams && (more = more && start(running))) ++running;
+  while (running < kInflateStreams && (more = more && start(streams[running]))) ++running;
   while (running > 0) {
     Outcome outcome = Outcome::kContinue;
     const int ended = run_until_one_ends(lanes, running, outcome, std::make_index_sequence<kInflateStreams>());
-    InflateJob& job = *streams[ended].job;
-    if (outcome == Outcome::kFinished) streams[ended].hand_over_rest();
-    end_job(job, outcome);
-    more = more && start(ended);
+    if (ends(streams[ended], outcome)) continue;
+    more = more && start(streams[ended]);
     if (!more && ended != --running) streams[ended] = streams[running];
   }
 }

@@ -77,16 +77,18 @@ InflateJob make_job(size_t slot, const uint8_t* stream, size_t nbytes, size_t ou
 // One stream by segments, its window before a guard page too.
 class SegmentFeed final : public InflateFeed {
  public:
-  explicit SegmentFeed(InflateJob& job, size_t segment_nbytes) : job_(job) {
+  // wanted: so many bytes by segments, then the job as a whole.
+  SegmentFeed(InflateJob& job, size_t segment_nbytes, size_t wanted) : job_(job), wanted_(wanted) {
     job.segment_nbytes = segment_nbytes;
     job.out = outs[1]->before_guard(inflate_window_nbytes(segment_nbytes));
   }
   InflateJob* next() override { return std::exchange(begun_, true) ? nullptr : &job_; }
-  void segment(InflateJob&, const uint8_t* bytes, size_t nbytes) override {
+  bool segment(InflateJob&, const uint8_t* bytes, size_t nbytes) override {
     require(nbytes == job_.segment_nbytes || done_ + nbytes == job_.out_nbytes, "only the last segment is shorter");
     require(done_ + nbytes <= job_.out_nbytes && std::equal(bytes, bytes + nbytes, expected.data() + done_),
             "the segments are zlib's bytes, as far as those go");
     done_ += nbytes;
+    return done_ < wanted_;
   }
   bool whole(InflateJob&) override {
     done_ = job_.out_nbytes;
@@ -99,6 +101,7 @@ class SegmentFeed final : public InflateFeed {
 
  private:
   InflateJob& job_;
+  const size_t wanted_;
   bool begun_ = false;
   size_t done_ = 0;
 };
@@ -146,7 +149,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
   if (turn / 8 % 2 == 0) {
     InflateJob alone = make_job(0, stream.data(), stream.size(), out_nbytes);
     if (turn / 16 % 2 == 0) {
-      SegmentFeed feed(alone, 2000 + turn / 32 % 60000);
+      SegmentFeed feed(alone, 2000 + turn / 32 % 60000, turn % 7 == 0 ? turn / 64 % kMaxOut : SIZE_MAX);
       inflate_zlib(feed, isa);
       if (alone.segment_nbytes > 0) {  // compared on the way
         require(verdict.ok && alone.status.ok(), "the verdict is zlib's");
