@@ -341,10 +341,12 @@ def _line(row: int) -> int:
 
 
 def _number_or_nan(text: str) -> float:
+    """NaN for what is no finite number."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return np.nan
+    return number if np.isfinite(number) else np.nan
 
 
 def _read_patients(path: Path, raw: list[str], files: list[str]) -> np.ndarray:

@@ -31,7 +31,7 @@ from cxrfast.files import sha256_of, sync_folder, write_atomic, write_json
 from cxrfast.nih import CLASSES
 
 try:
-    from cxrfast._png import crc32  # zlib's, six times as fast
+    from cxrfast._png import crc32  # the same sum, many times as fast
 except ImportError:
     from zlib import crc32
 

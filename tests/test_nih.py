@@ -110,8 +110,9 @@ def test_impossible_ages_become_missing_and_are_named(tmp_path: Path, text: str)
     assert metadata.film_repairs == {"00000002_000.png": f"age {text!r} set to missing"}
 
 
-def test_what_is_empty_is_unknown_and_no_repair(tmp_path: Path) -> None:
-    metadata = read_metadata(write(tmp_path, HEADER, row(labels="", age="", sex="", view="", follow_up="")))
+@pytest.mark.parametrize("follow_up", ["", "x", "inf", "1e999"])
+def test_what_is_empty_is_unknown_and_no_repair(tmp_path: Path, follow_up: str) -> None:
+    metadata = read_metadata(write(tmp_path, HEADER, row(labels="", age="", sex="", view="", follow_up=follow_up)))
     film = metadata.table.iloc[0]
     assert np.isnan(film.age) and np.isnan(film.follow_up) and film.sex == film.view == ""
     assert film[list(CLASSES)].isna().all()
