@@ -52,9 +52,9 @@ class FilmQueue {
 
   // For workers. Each film that was taken is to be finished.
   bool first(Target* target_ret) const;  // of the next film; false: there is none
-  BatchFilm* take(const Target& target,
-                  Work** work_ret);  // nullptr: the next film has another target, or there is none
-  void finish(Work& work);           // one film of it
+  // nullptr: the next film has another target, or there is none.
+  BatchFilm* take(const Target& target, Work** work_ret);
+  void finish(Work& work);  // one film of it
 
   // For their threads: false when the queue was closed and nothing is left in it.
   bool wait_for_films();

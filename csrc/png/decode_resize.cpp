@@ -103,7 +103,7 @@ struct FilmDecoder::Film {
   bool reserve(bool needs_grey, size_t segment_nbytes) {
     const Header& header = chunks.header;
     const size_t all_nbytes = static_cast<size_t>(header.filtered_nbytes());
-    const size_t grey_rows = segment_nbytes > 0 ? group_rows : header.height;
+    const size_t grey_rows = segment_nbytes > 0 ? std::min<size_t>(group_rows, header.height) : header.height;
     if (!rows.reserve(segment_nbytes > 0 ? inflate_window_nbytes(segment_nbytes) : all_nbytes + kPad)) return false;
     if (needs_grey && !grey.reserve(grey_rows * (size_t{header.width} + 1) + kPad)) return false;
     return !header.interlaced || line.reserve(header.width);
@@ -228,7 +228,7 @@ class FilmDecoder::Run final : public InflateFeed {
     size_t segment_nbytes = 0;
     film.plane_rows = 0;
     film.group_rows = RowGroups::group_rows(isa_);
-    if ((is_grey8(header) || expects_plane(header)) && !film.resampler->vertical_first) {
+    if (may_be_one_plane(header) && !film.resampler->vertical_first) {
       segment_nbytes = segment_nbytes_of(header, isa_);
       if (inflate_window_nbytes(segment_nbytes) >= header.filtered_nbytes()) segment_nbytes = 0;
     }
