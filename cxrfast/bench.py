@@ -11,7 +11,6 @@ import math
 import statistics
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from cxrfast.errors import InputError
 from cxrfast.models import MIN_SIZE, HeadName, ModelName
 from cxrfast.nih import CLASSES
 from cxrfast.parallel import World
-from cxrfast.store import Entry, StoreWriter
+from cxrfast.store import Entry, StoreWriter, checksum
 from cxrfast.train import Switch, TrainConfig, Trainer
 
 INPUT_BOUND_SHARE = 0.1  # of the step spent on input, from which on the input is what to look at first
@@ -209,7 +208,7 @@ def make_noise_store(path: Path, count: int, size: int) -> Path:
             "ok",
             pixel_sum=int(image.sum(dtype=np.int64)),
             pixel_sumsq=int(np.square(image, dtype=np.int64).sum()),
-            crc32=f"{zlib.crc32(image.tobytes()):08x}",
+            crc32=checksum(image),
         )
         for name, image in zip(table["file"], images, strict=True)
     ]
