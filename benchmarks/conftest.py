@@ -9,3 +9,4 @@ assert _spec is not None and _spec.loader is not None
 _tests = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_tests)
 data, films, isa = _tests.data, _tests.films, _tests.isa
+pytest_runtest_setup = _tests.pytest_runtest_setup
