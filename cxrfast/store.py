@@ -446,7 +446,13 @@ def _read_index(path: Path) -> pd.DataFrame:
     whole = {name: np.int64 for name in ("patient", "pixel_sum", "pixel_sumsq")}
     real = {"age": np.float64, "follow_up": np.float64, **{name: np.float32 for name in CLASSES}}
     dtypes: dict[str, Any] = {**text, **whole, **real}
-    index = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values={name: [""] for name in real})
+    index = pd.read_csv(
+        path,
+        dtype=dtypes,
+        keep_default_na=False,
+        na_values={name: [""] for name in real},
+        float_precision="round_trip",  # not the default before pandas 3
+    )
     if list(index.columns) != list(INDEX_COLUMNS):
         raise ValueError(f"{path.name} has the columns {list(index.columns)}")
     return index

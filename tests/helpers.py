@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL import __version__ as pillow_version
 
 from cxrfast.nih import CLASSES
 
@@ -60,5 +61,14 @@ def write_csv(path: Path, count: int) -> Path:
 
 def pillow_prepared(data: bytes, size: int) -> np.ndarray:
     """The pixel rule, as its definition has it (8-bit films)."""
-    image = Image.open(io.BytesIO(data)).convert("L")
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return pillow_resized(Image.open(io.BytesIO(data)).convert("L"), size)
+
+
+def pillow_resized(grey: Image.Image, size: int) -> np.ndarray:
+    """Pillow's resize, in the order of passes that Pillow 13.0 has, whichever version is installed."""
+    first = (size, size)
+    if int(pillow_version.split(".")[0]) < 13:
+        shrink_w, shrink_h = grey.width - size, grey.height - size
+        first = (grey.width, size) if shrink_h > max(0, 2 * shrink_w) else (size, grey.height)
+    once = grey.resize(first, Image.Resampling.BILINEAR)
+    return np.asarray(once.resize((size, size), Image.Resampling.BILINEAR))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import pillow_resized
 from PIL import Image
 from png_files import KINDS, random_png
 
@@ -49,8 +50,8 @@ def test_decode_png_command(folder: Path) -> None:
         subprocess.run([command, film, folder / "own.pgm"], check=True)
         assert np.array_equal(np.asarray(Image.open(folder / "own.pgm")), grey)
         subprocess.run([command, film, folder / "small.pgm", "32"], check=True)
-        expected = Image.fromarray(grey).resize((32, 32), Image.Resampling.BILINEAR)
-        assert np.array_equal(np.asarray(Image.open(folder / "small.pgm")), np.asarray(expected))
+        expected = pillow_resized(Image.fromarray(grey), 32)
+        assert np.array_equal(np.asarray(Image.open(folder / "small.pgm")), expected)
     failed = subprocess.run([command, folder / "cut.png", folder / "no.pgm"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert "cut.png: corrupt: truncated chunk at byte" in failed.stderr

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import pillow_resized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +33,7 @@ SIDES = [1, 2, 7, 8, 9, 63, 64, 65, 127, 224, 257]
 
 
 def prepared(grey: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
+    return pillow_resized(Image.fromarray(grey), size)
 
 
 def assert_equal_to_pillow(files: list[bytes], sizes: list[int], threads: int = 1) -> None:

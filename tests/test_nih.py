@@ -73,7 +73,7 @@ def test_every_generation_gives_the_same_table(
     assert metadata.generation == generation
     assert list(metadata.table.columns) == list(TABLE_COLUMNS)
     film = metadata.table.iloc[0]
-    assert (film.file, film.patient, film.age, film.sex, film.view, film.follow_up) == (
+    assert tuple(film[["file", "patient", "age", "sex", "view", "follow_up"]]) == (
         "00000001_000.png",
         1,
         age,
@@ -114,7 +114,7 @@ def test_impossible_ages_become_missing_and_are_named(tmp_path: Path, text: str)
 def test_what_is_empty_is_unknown_and_no_repair(tmp_path: Path, follow_up: str) -> None:
     metadata = read_metadata(write(tmp_path, HEADER, row(labels="", age="", sex="", view="", follow_up=follow_up)))
     film = metadata.table.iloc[0]
-    assert np.isnan(film.age) and np.isnan(film.follow_up) and film.sex == film.view == ""
+    assert np.isnan(film["age"]) and np.isnan(film["follow_up"]) and film["sex"] == film["view"] == ""
     assert film[list(CLASSES)].isna().all()
     assert metadata.repairs == {}
 

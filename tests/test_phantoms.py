@@ -70,6 +70,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_each_film_is_drawn_from_its_row(small: Path) -> None:
+    cases = make_cases(14, 3)
+    for index, row in enumerate(read_metadata(small / "Data_Entry_2017_v2020.csv").table.to_dict("records")):
+        signs = frozenset(name for name, there in zip(CLASSES, cases.signs[index], strict=True) if there)
+        drawn = Case((3, 1, row["patient"]), (3, 2, index), row["age"], row["sex"], row["view"], signs)
+        assert film_bytes(drawn, 128, 3, index) == (small / "images" / row["file"]).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def full_size() -> list[bytes]:
     """Twelve grey films of 1024 px, as a set's own cases have them."""
@@ -78,7 +86,7 @@ def full_size() -> list[bytes]:
     for index in range(12):
         signs = [name for name, there in zip(CLASSES, cases.signs[index], strict=True) if there]
         row = cases.table.iloc[index]
-        films.append(film_bytes(case(*signs, film=index, sex=row.sex, view=row.view), 1024, 0, index))
+        films.append(film_bytes(case(*signs, film=index, sex=row["sex"], view=row["view"]), 1024, 0, index))
     return films
 
 

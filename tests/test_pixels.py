@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import pillow_resized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -193,14 +194,6 @@ def by_pillow(rows: np.ndarray) -> Image.Image:
     return Image.open(io.BytesIO(png_of(rows)))
 
 
-def resized(image: Image.Image, size: int) -> np.ndarray:
-    """Pillow's resize, in the order of passes that Pillow 13.0 has, whichever version is installed."""
-    shrink_w, shrink_h = image.width - size, image.height - size
-    first = (image.width, size) if shrink_h > max(0, 2 * shrink_w) else (size, image.height)
-    image = image.resize(first, Image.Resampling.BILINEAR)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
 def film_rows(path: Path) -> np.ndarray:
     """The filtered rows of a real film; of an RGBA film, whose channels are equal, those of its first channel."""
     data = path.read_bytes()
@@ -230,7 +223,7 @@ def test_the_reference_unfilters_as_pillow(seed: int, width: int, height: int) -
 @settings(max_examples=60, deadline=None)
 def test_the_reference_resizes_as_pillow(seed: int, width: int, height: int, size: int) -> None:
     grey = np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
-    assert (resize_ref(grey, size) == resized(Image.fromarray(grey), size)).all()
+    assert (resize_ref(grey, size) == pillow_resized(Image.fromarray(grey), size)).all()
 
 
 # ---- un-filter ----
@@ -289,7 +282,7 @@ def test_a_bad_filter_byte_is_corrupt_where_it_stands(driver: Driver) -> None:
         outs, endings = driver.films([good, bad, good], 16)
         assert (endings[1].code, endings[1].offset) == (CORRUPT, bad_row * 41)
         assert (endings[1].sum, endings[1].sumsq) == (0, 0)
-        expected = resized(by_pillow(good), 16)
+        expected = pillow_resized(by_pillow(good), 16)
         assert endings[0].code == endings[2].code == 0
         assert (outs[0] == expected).all() and (outs[2] == expected).all()
         ending = Ending()
@@ -307,14 +300,14 @@ def test_resample_is_pillows(driver: Driver, seed: int, width: int, height: int,
     grey = rng.integers(0, 256, (height, width + gap), np.uint8)[:, :width]  # rows with a gap between them
     if seed % 3 == 0:
         grey[:] = 255  # sums at their largest
-    assert (driver.resample(grey, size) == resized(Image.fromarray(grey), size)).all()
+    assert (driver.resample(grey, size) == pillow_resized(Image.fromarray(grey), size)).all()
 
 
 @pytest.mark.parametrize("width, height", [(1, 5000), (5000, 1), (3000, 3001), (1, 1), (4097, 40)])
 def test_resample_of_extreme_sizes(driver: Driver, width: int, height: int) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     for size in (8, 33, 600):
-        assert (driver.resample(grey, size) == resized(Image.fromarray(grey), size)).all(), size
+        assert (driver.resample(grey, size) == pillow_resized(Image.fromarray(grey), size)).all(), size
 
 
 def test_the_sizes_of_a_film(driver: Driver) -> None:
@@ -322,12 +315,12 @@ def test_the_sizes_of_a_film(driver: Driver) -> None:
     for seed, (width, height) in enumerate(itertools.product((1023, 1024, 1025), repeat=2)):
         rows = random_film(seed, width, height)
         outs, endings = driver.films([rows], 224)
-        expected = resized(by_pillow(rows), 224)
+        expected = pillow_resized(by_pillow(rows), 224)
         assert endings[0].code == 0 and (outs[0] == expected).all()
     rows = random_film(9, 256, 250)
     for size in (250, 255, 256, 257, 512, 1000, 1024):
         outs, endings = driver.films([rows], size)
-        assert endings[0].code == 0 and (outs[0] == resized(by_pillow(rows), size)).all(), size
+        assert endings[0].code == 0 and (outs[0] == pillow_resized(by_pillow(rows), size)).all(), size
 
 
 # ---- both ----
@@ -340,7 +333,7 @@ def test_films_in_any_grouping(driver: Driver, seed: int, sides: list[tuple[int,
     films = [random_film(seed + i, *side) for i, side in enumerate(sides)]
     outs, endings = driver.films(films, size)
     for film, out, ending in zip(films, outs, endings, strict=True):
-        expected = resized(by_pillow(film), size)
+        expected = pillow_resized(by_pillow(film), size)
         assert ending.code == 0 and (out == expected).all(), film.shape
         assert ending.sum == expected.sum(dtype=np.int64)
         assert ending.sumsq == (expected.astype(np.int64) ** 2).sum()
@@ -370,7 +363,7 @@ def test_no_byte_outside_the_buffers(sanitized: Path, level: int) -> None:
         ending = Ending.from_buffer_copy(done.stdout, at)
         at += ctypes.sizeof(Ending)
         assert ending.code == 0
-        expected = resized(by_pillow(rows), size).tobytes()
+        expected = pillow_resized(by_pillow(rows), size).tobytes()
         for _ in range(2):
             assert done.stdout[at : at + size * size] == expected, (rows.shape, size)
             at += size * size
@@ -391,7 +384,7 @@ def test_real_films(driver_of: Builder, films: list[Path]) -> None:
         with Image.open(path) as original:
             assert (np.asarray(original.convert("L")) == np.asarray(image)).all(), path
         for size in FILM_SIZES:
-            expected = resized(image, size)
+            expected = pillow_resized(image, size)
             for driver in drivers + (stand_ins if size == FILM_SIZES[i % len(FILM_SIZES)] else []):
                 outs, endings = driver.films([rows], size)
                 assert endings[0].code == 0 and (outs[0] == expected).all(), (path, size, driver.level)

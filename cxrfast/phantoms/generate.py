@@ -75,9 +75,9 @@ def generate(out: Path, images: int, seed: int, size: int = 1024, workers: int |
 
 
 def _case(cases: Cases, index: int, seed: int) -> Case:
-    row = cases.table.iloc[index]
+    row = cases.table.iloc[index]  # its columns by [], for a Series of pandas 2 has a method called view
     signs = frozenset(name for name, there in zip(CLASSES, cases.signs[index], strict=True) if there)
-    return Case((seed, 1, int(row.patient)), (seed, 2, index), float(row.age), row.sex, row.view, signs)
+    return Case((seed, 1, int(row["patient"])), (seed, 2, index), float(row["age"]), row["sex"], row["view"], signs)
 
 
 def _check(images: int, seed: int, size: int, workers: int | None) -> None:
