@@ -14,7 +14,7 @@ import cxrfast
 from cxrfast import block, loss_op
 from cxrfast.decode import backends
 
-_PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "Pillow", "nvidia-dali-cuda120")
+_PACKAGES = ("numpy", "pandas", "scikit-learn", "Pillow", "nvidia-dali-cuda120")
 
 
 def examine() -> dict[str, Any]:
@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
         "versions": {
             "cxrfast": cxrfast.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # with the CUDA that it was built for, which its metadata need not name
             **{name: _version(name) for name in _PACKAGES},
         },
         "machine": {

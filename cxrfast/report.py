@@ -101,10 +101,11 @@ def comparison_table(runs: Sequence[System]) -> pd.DataFrame:
 def comparison_markdown(table: pd.DataFrame, notes: Sequence[str]) -> str:
     """The table for people: three decimals, n/a for the undefined, the notes beneath."""
     lines = ["| AUC | " + " | ".join(table.columns) + " |", "|---" * (1 + len(table.columns)) + "|"]
+    rows = table.to_dict("index")
     for row in ["Split", *CLASSES, "Average"]:
         cells = [
             value if isinstance(value, str) else _cell(value, int(table[system]["Classes"]) if row == "Average" else 14)
-            for system, value in table.loc[row].items()
+            for system, value in rows[row].items()
         ]
         lines.append(f"| {row.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])

@@ -445,7 +445,7 @@ def _read_index(path: Path) -> pd.DataFrame:
     text = {name: str for name in ("file", "sex", "view", "crc32")}
     whole = {name: np.int64 for name in ("patient", "pixel_sum", "pixel_sumsq")}
     real = {"age": np.float64, "follow_up": np.float64, **{name: np.float32 for name in CLASSES}}
-    dtypes: dict[str, Any] = {**text, **whole, **real}
+    dtypes: Any = {**text, **whole, **real}  # stubs of pandas 2 want less than pandas takes
     index = pd.read_csv(
         path,
         dtype=dtypes,
