@@ -9,7 +9,7 @@ DEMO := demo
 SECONDS := 60
 CXX_SOURCES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test install install-test lint format bench fuzz clean
+.PHONY: demo test test-oldest install install-test lint format bench fuzz clean
 
 # ---- the two ----
 
@@ -19,6 +19,13 @@ demo: install
 test: install-test lint
 	if command -v clang++ >/dev/null; then $(MAKE) fuzz SECONDS=20; else echo "no clang++: not fuzzed"; fi
 	$(BIN)/python -m pytest
+
+# Not of the two: the quick tests with the oldest packages that pyproject.toml allows, on what `make test` has compiled.
+test-oldest: install-test
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(BIN)/python tools/pin.py oldest >$(VENV)-oldest/packages.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt) -r $(VENV)-oldest/packages.txt
+	$(VENV)-oldest/bin/python -m pytest -m "not slow"
 
 # ---- their parts ----
 
@@ -60,4 +67,4 @@ fuzz: install-test
 	PYTHON=$(BIN)/python tools/fuzz.sh $(SECONDS)
 
 clean:
-	rm -rf build $(DEMO) cxrfast/*.so cxrfast/_dali_build.json
+	rm -rf build $(DEMO) $(VENV)-oldest cxrfast/*.so cxrfast/_dali_build.json
