@@ -451,7 +451,7 @@ def _read_index(path: Path) -> pd.DataFrame:
         dtype=dtypes,
         keep_default_na=False,
         na_values={name: [""] for name in real},
-        float_precision="round_trip",  # not the default before pandas 3
+        float_precision="round_trip",  # the default of pandas 2 is not exact
     )
     if list(index.columns) != list(INDEX_COLUMNS):
         raise ValueError(f"{path.name} has the columns {list(index.columns)}")
