@@ -442,19 +442,15 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _read_index(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    text = {name: str for name in ("file", "sex", "view", "crc32")}
+    text = {name: str for name in ("file", "age", "sex", "view", "follow_up", "crc32")}
     whole = {name: np.int64 for name in ("patient", "pixel_sum", "pixel_sumsq")}
-    real = {"age": np.float64, "follow_up": np.float64, **{name: np.float32 for name in CLASSES}}
-    dtypes: Any = {**text, **whole, **real}  # stubs of pandas 2 want less than pandas takes
-    index = pd.read_csv(
-        path,
-        dtype=dtypes,
-        keep_default_na=False,
-        na_values={name: [""] for name in real},
-        float_precision="round_trip",  # the default of pandas 2 is not exact
-    )
+    labels = {name: np.float32 for name in CLASSES}
+    dtypes: Any = {**text, **whole, **labels}  # stubs of pandas 2 want less than pandas takes
+    index = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values={name: [""] for name in labels})
     if list(index.columns) != list(INDEX_COLUMNS):
         raise ValueError(f"{path.name} has the columns {list(index.columns)}")
+    for name in ("age", "follow_up"):  # exact, which pandas 2 is not by default, and how to ask differs among versions
+        index[name] = np.array([float(number or "nan") for number in index[name]])
     return index
 
 
