@@ -6,7 +6,7 @@ repeated as hard links, from a warm page cache; every row of the store is checke
 sides of the command, so that a machine whose speed drifts does less harm.
 
     python -m pytest --benchmark-only benchmarks/bench_prep.py -s
-    CXRFAST_BENCH_LONG=1 python -m pytest --benchmark-only benchmarks/bench_prep.py -s     (50,000 and NIH's 112,120, too)
+    CXRFAST_BENCH_LONG=1 python -m pytest --benchmark-only benchmarks/bench_prep.py -s     (50,000 and 112,120 too)
 """
 
 from __future__ import annotations
