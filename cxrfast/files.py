@@ -27,9 +27,18 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def holds_other_files(folder: Path, first: Path) -> bool:
+    """Whether a folder to be claimed by its ``first`` file holds anything but what a kill left of that file."""
+    return folder.is_dir() and any(path != _temporary(first) for path in folder.iterdir())
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace ``path`` in one step: temporary name in the same folder, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

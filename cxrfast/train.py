@@ -57,7 +57,7 @@ from cxrfast.devices import (
     synchronise,
 )
 from cxrfast.errors import InputError
-from cxrfast.files import sync_file, sync_folder, write_atomic, write_json
+from cxrfast.files import holds_other_files, sync_file, sync_folder, write_atomic, write_json
 from cxrfast.loss import WeightedBCEWithAUC, Weighting, class_weights
 from cxrfast.models import (
     METADATA,
@@ -706,7 +706,7 @@ class Trainer:
         if self.world.is_first:
             if (run / CONFIG).is_file() and not config.resume:
                 problem = f"{run} holds a run already; go on with it by --resume, or choose another folder"
-            elif run.is_dir() and not (run / CONFIG).is_file() and any(run.iterdir()):
+            elif not (run / CONFIG).is_file() and holds_other_files(run, run / CONFIG):
                 problem = f"{run} holds other files; choose an empty or new folder for the run"
         problem = self.world.agree(problem)
         if problem:

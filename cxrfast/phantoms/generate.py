@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import cxrfast
 from cxrfast.errors import InputError, ResourceError
-from cxrfast.files import write_atomic, write_json
+from cxrfast.files import holds_other_files, write_atomic, write_json
 from cxrfast.nih import CLASSES, TEST_LIST, TRAIN_LIST
 from cxrfast.phantoms import png
 from cxrfast.phantoms.cases import Cases, make_cases
@@ -108,7 +108,7 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
                 f"{out} holds another set of phantoms ({found}, asked for {record}); choose another folder"
             )
         return
-    if out.is_dir() and any(path.name != f".{RECORD_NAME}.tmp" for path in out.iterdir()):
+    if holds_other_files(out, record_path):
         raise InputError(f"{out} is not empty and holds no set of phantoms; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(record_path, record)
