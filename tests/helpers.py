@@ -72,3 +72,12 @@ def pillow_resized(grey: Image.Image, size: int) -> np.ndarray:
         first = (grey.width, size) if shrink_h > max(0, 2 * shrink_w) else (size, grey.height)
     once = grey.resize(first, Image.Resampling.BILINEAR)
     return np.asarray(once.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file in and below ``folder``, sorted by its path there; folders are named, too, with a slash."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        f"{path.relative_to(folder)}{'/' * path.is_dir()}": b"" if path.is_dir() else path.read_bytes()
+        for path in paths
+    }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import write_films
+from helpers import content, write_films
 from safetensors import safe_open
-from training import make_store
+from training import make_store, without_speeds
 
 Check = Callable[..., tuple[int, Path]]
-SPEEDS = ("images_per_second", "input_share", "flops_share")
 
 
 def _end_before_change(folder: Path, number: int, end: str) -> None:
@@ -55,30 +53,19 @@ def _command(name: str, arguments: list[str], folder: Path, number: int, end: st
         sys.exit(import_module(f"cxrfast.cli.{name}").main(arguments))
 
 
-@pytest.fixture(scope="module")
-def children() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"cxrfast.cli.{name}" for name in ("phantoms", "prep", "train", "eval")])
-    return context
-
-
 def files(folder: Path) -> dict[str, Any]:
     """Content of all files, but for a run's speeds and where it lies (a header's order differs from save to save)."""
     found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
-        data = path.read_bytes().replace(str(folder).encode(), b"FOLDER")
-        found[str(path.relative_to(folder))] = data
-        if path.suffix == ".safetensors":
-            with safe_open(path, "np") as file:
-                found[str(path.relative_to(folder))] = {
-                    **{name: file.get_tensor(name).tobytes() for name in file.keys()},  # noqa: SIM118 (no mapping)
+    for name, data in content(folder).items():
+        found[name] = data.replace(str(folder).encode(), b"FOLDER")
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, "np") as file:
+                found[name] = {
+                    **{key: file.get_tensor(key).tobytes() for key in file.keys()},  # noqa: SIM118 (no mapping)
                     **file.metadata(),
                 }
-        elif path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in data.splitlines()]
-            found[path.name] = [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
+        elif name == "metrics.jsonl":
+            found[name] = without_speeds([json.loads(line) for line in data.splitlines()])
     return found
 
 

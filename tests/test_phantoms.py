@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import content
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -56,10 +57,6 @@ def row_filters(file: bytes) -> np.ndarray:
 
 def case(*signs: str, film: int = 0, sex: str = "F", view: str = "PA") -> Case:
     return Case((0, 1, 7), (0, 2, film), 50.0, sex, view, frozenset(signs))
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +247,10 @@ def test_set_has_nihs_layout(small: Path) -> None:
 
 def test_same_seed_same_bytes_whatever_the_workers(small: Path, tmp_path: Path) -> None:
     assert main([str(tmp_path / "again"), *SMALL, "--workers", "2"]) == 0
-    assert tree(tmp_path / "again") == tree(small)
+    assert content(tmp_path / "again") == content(small)
     other = [word if word != "3" else "4" for word in SMALL]
     assert main([str(tmp_path / "other"), *other, "--workers", "1"]) == 0
-    assert tree(tmp_path / "other") != tree(small)
+    assert content(tmp_path / "other") != content(small)
 
 
 def test_killed_run_goes_on(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +270,7 @@ def test_killed_run_goes_on(small: Path, tmp_path: Path, capsys: pytest.CaptureF
     cut.write_bytes(cut.read_bytes()[:-100])  # a film that was damaged since is drawn again
     assert main([str(out), *SMALL, "--workers", "1"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["already_there"] == there - 1
-    assert tree(out) == tree(small)
+    assert content(out) == content(small)
 
 
 def test_finished_set_is_left_alone(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,17 +310,17 @@ def test_options_out_of_range(
 
 
 def test_folders_of_others_are_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = tree(small)
+    before = content(small)
     assert main([str(small), "--images", "15", "--seed", "3", "--size", "128"]) == 2
     assert "another set of phantoms" in capsys.readouterr().err
-    assert tree(small) == before
+    assert content(small) == before
 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not touch")
     assert main([str(mine), *SMALL]) == 2
     assert "not empty" in capsys.readouterr().err
-    assert tree(mine) == {"thesis.txt": b"do not touch"}
+    assert content(mine) == {"thesis.txt": b"do not touch"}
 
     assert main([str(mine / "thesis.txt"), *SMALL]) == 2
     assert "is a file" in capsys.readouterr().err

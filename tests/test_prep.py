@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import csv_row, file_name, film, pillow_prepared, png, write_csv, write_films
+from helpers import content, csv_row, file_name, film, pillow_prepared, png, write_csv, write_films
 from PIL import Image
 
 from cxrfast.cli.prep import main
@@ -30,10 +30,6 @@ BACKENDS = [
 
 def prep(*arguments: object) -> int:
     return main(["--workers", "1", *(str(argument) for argument in arguments)])
-
-
-def content(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(store.iterdir())}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

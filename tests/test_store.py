@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,10 +64,6 @@ def write(path: Path, batch: int = 5, expected: int = COUNT) -> Path:
             writer.sync()
         finish(writer)
     return path
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
 @pytest.fixture

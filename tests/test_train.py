@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import make_store
+from training import make_store, without_speeds
 
 from cxrfast.bench import make_noise_store
 from cxrfast.checkpoint import LATEST, PREVIOUS, load_checkpoint
@@ -97,9 +96,7 @@ def assert_same_end(run: Path, expected: Path) -> None:
         found, wanted = load_file(run / name), load_file(expected / name)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    speeds = ("images_per_second", "input_share", "flops_share")
-    strip = lambda lines: [{k: v for k, v in line.items() if k not in speeds} for line in lines]  # noqa: E731
-    assert strip(read_metrics(run)) == strip(read_metrics(expected))
+    assert without_speeds(read_metrics(run)) == without_speeds(read_metrics(expected))
 
 
 def assert_states_equal(run: Path, expected: Path) -> None:
@@ -650,14 +647,6 @@ def _train_in_child(options: TrainConfig) -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stderr(io.StringIO()):
         train(options, quiet)
-
-
-@pytest.fixture(scope="module")
-def children():
-    """Starts a training process in milliseconds: a server has imported everything and forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cxrfast.train", "test_train"])
-    return context
 
 
 def _train_and_ask(options: TrainConfig, out: Path) -> None:

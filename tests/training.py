@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,3 +59,9 @@ def make_store(path: Path, count: int = 90, size: int = 16, seed: int = 0, unkno
         writer.append(entries, images)
         writer.finish(table, [], {})
     return open_store(path)
+
+
+def without_speeds(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what differs from one run to the same run again."""
+    speeds = ("images_per_second", "input_share", "flops_share")
+    return [{name: value for name, value in line.items() if name not in speeds} for line in metrics]
