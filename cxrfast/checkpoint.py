@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cxrfast.errors import InputError
-from cxrfast.files import sync_folder, write_atomic
+from cxrfast.files import make_durable, write_atomic
 
 LATEST, PREVIOUS = "latest.safetensors", "previous.safetensors"
 
@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[
     if (folder / LATEST).is_file():
         os.replace(folder / LATEST, folder / PREVIOUS)
     os.replace(incoming, folder / LATEST)
-    sync_folder(folder)
+    make_durable(folder)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's own entries (renames, new names) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make the bytes of a file that somebody else wrote durable."""
+def make_durable(path: Path) -> None:
+    """Sync the bytes of a file that somebody else wrote, or a folder's own entries (renames, new names)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,7 +39,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    make_durable(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

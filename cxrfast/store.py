@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from cxrfast.errors import InputError
-from cxrfast.files import sha256_of, sync_folder, write_atomic, write_json
+from cxrfast.files import make_durable, sha256_of, write_atomic, write_json
 from cxrfast.nih import CLASSES
 
 try:
@@ -312,7 +312,7 @@ class StoreWriter:
         self.finished = True
         self._journal.close()
         (self.path / "journal.jsonl").unlink()
-        sync_folder(self.path)
+        make_durable(self.path)
 
     def _check_identity(self) -> None:
         manifest, journal = self.path / "manifest.json", self.path / "journal.jsonl"
@@ -355,7 +355,7 @@ class StoreWriter:
             self._journal.write(json.dumps({"identity": self._identity, "backend": backend}).encode() + b"\n")
             self._journal.flush()
             os.fsync(self._journal.fileno())
-            sync_folder(self.path)
+            make_durable(self.path)
         self._images = self._open_images()
 
     def _open_images(self) -> BinaryIO:
@@ -378,7 +378,7 @@ class StoreWriter:
         os.fsync(self._images.fileno())
         self._images.close()
         os.replace(self.path / "images.npy.part", self.path / "images.npy")
-        sync_folder(self.path)
+        make_durable(self.path)
 
 
 def _lock(journal: BinaryIO, path: Path) -> None:

@@ -57,7 +57,7 @@ from cxrfast.devices import (
     synchronise,
 )
 from cxrfast.errors import InputError
-from cxrfast.files import holds_other_files, sync_file, sync_folder, write_atomic, write_json
+from cxrfast.files import holds_other_files, make_durable, write_atomic, write_json
 from cxrfast.loss import WeightedBCEWithAUC, Weighting, class_weights
 from cxrfast.models import (
     METADATA,
@@ -889,9 +889,9 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     is_new = not path.exists()
     with open(path, "a") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
-    sync_file(path)
+    make_durable(path)
     if is_new:
-        sync_folder(path.parent)
+        make_durable(path.parent)
 
 
 def _first_line(error: BaseException) -> str:
